@@ -1,0 +1,3512 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "bottle>=0.12.23",
+#     "waitress>=2.1.2",
+#     "apprise>=1.2",
+#     "cronsim>=2.5",
+# ]
+# ///
+"""Larm tells you when a job did not run.
+
+Jobs ping /api/heartbeat/{token} when they are done; when the pings stop, Larm alerts through
+Apprise, and says so when they come back. One file, one SQLite database, one TOML file.
+
+  job ──HTTP──▶ Web ──▶ Intake ──▶ Store ◀── Watcher ──▶ Notifier ──▶ Apprise ──▶ people
+
+The rooms below stand in the order in which a heartbeat travels; each knows only those above it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import functools
+import hashlib
+import hmac
+import io
+import itertools
+import json
+import logging
+import os
+import queue
+import random
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import tomllib
+import zoneinfo
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, tzinfo
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar, cast
+from urllib.parse import parse_qs, unquote, urlsplit
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("larm")
+T = TypeVar("T")
+D = TypeVar("D")
+Item = TypeVar("Item")
+
+
+# ======================================================================================
+# Time: durations, the clock and schedules. Only this room asks what time it is.
+# ======================================================================================
+
+SECOND = 1_000  # every duration and every moment in Larm is a whole number of milliseconds
+MINUTE = 60 * SECOND
+HOUR = 60 * MINUTE
+DAY = 24 * HOUR
+WEEK = 7 * DAY
+
+LONGEST = 366 * DAY  # of an interval
+SANE = 1_577_836_800_000  # 2020-01-01: a clock before it has not been set since the machine started
+
+_UNITS = {"w": WEEK, "d": DAY, "h": HOUR, "m": MINUTE, "s": SECOND}
+_DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?)\s*{unit}\s*)?" for unit in _UNITS))
+DURATION_FORMS = 'seconds as a number, or "90s" "15m" "1h30m" "2d" "1w"'
+
+
+def parse_duration(value: object) -> int:
+    """Milliseconds of a duration as people write it: 90, 1.5, "90s", "1h30m", "2d", "1w".
+
+    Raises ValueError with a message that says what is allowed.
+    """
+    with contextlib.suppress(OverflowError):  # beyond what a float holds, or not finite
+        if isinstance(value, (int, float)) and value == value and not isinstance(value, bool):
+            return round(float(value) * SECOND)
+        if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())) and match[0]:
+            amounts = zip(match.groups(), _UNITS.values(), strict=True)
+            return round(sum(float(amount) * unit for amount, unit in amounts if amount))
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*", value):
+        raise ValueError(f'{show(value)} has no unit: leave out the quotes, or write "{value}s"')
+    raise ValueError(f"{show(value)} is not a duration: write {DURATION_FORMS}")
+
+
+def format_duration(ms: int) -> str:
+    """A duration for people, in its two largest units: "1 d 4 h", "4 min 10 s", "0.3 s"."""
+    if 0 < ms < SECOND:
+        return f"{ms / SECOND:.1f} s"
+    words = []
+    for name, unit in (("d", DAY), ("h", HOUR), ("min", MINUTE), ("s", SECOND)):
+        amount, ms = divmod(ms, unit)
+        if amount:
+            words.append(f"{amount} {name}")
+        elif words:
+            break
+    return " ".join(words[:2]) or "0 s"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 monitor", "2 monitors" """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def far_from(at: int, now: int) -> str:
+    """How far a moment is from now, for people: "5 min ago", "in 3 d", "now"."""
+    if abs(at - now) < SECOND:
+        return "now"
+    return f"in {format_duration(at - now)}" if at > now else f"{format_duration(now - at)} ago"
+
+
+def iso_utc(ms: int) -> str:
+    """A moment for programs: "2026-11-22T02:00:12.345Z"."""
+    moment = datetime.fromtimestamp(ms // SECOND, UTC).replace(microsecond=ms % SECOND * 1000)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def iso_local(ms: int, zone: tzinfo) -> str:
+    """A moment for people: "2026-11-22 03:00:12+01:00"."""
+    return datetime.fromtimestamp(ms // SECOND, zone).isoformat(" ", "seconds")
+
+
+def system_zone() -> tzinfo:
+    """The machine's timezone, with its rules for summer time; UTC where none is set."""
+    return _read_zone(os.environ.get("TZ", "").lstrip(":") or "/etc/localtime")
+
+
+@functools.cache
+def _read_zone(name: str) -> tzinfo:
+    with contextlib.suppress(OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
+        if not name.startswith("/"):
+            return zoneinfo.ZoneInfo(name)
+        with open(name, "rb") as rules:
+            return zoneinfo.ZoneInfo.from_file(rules, "local time")
+    return UTC
+
+
+class Clock:
+    """Wall time for Larm: the wall clock as it stood at the last resync(), carried on by the
+    monotonic clock.
+
+    So a wall clock that is set forward or back can't mix two timelines in one computation: the
+    change stays invisible until the watcher finds it with drift(), shifts what is running, and
+    calls resync() (design.md, "Time").
+    """
+
+    def __init__(
+        self,
+        wall: Callable[[], int] = time.time_ns,
+        monotonic: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """Both sources count nanoseconds; tests hand in their own."""
+        self._wall = wall
+        self._monotonic = monotonic
+        self.resync()
+
+    def now(self) -> int:
+        """Milliseconds since the epoch."""
+        return self._offset + self.monotonic()
+
+    def monotonic(self) -> int:
+        """Milliseconds since some start; never set, and standing still while suspended."""
+        return self._monotonic() // 1_000_000
+
+    def drift(self) -> int:
+        """By how many milliseconds the wall clock has left now() since the last resync()."""
+        return self._wall() // 1_000_000 - self.now()
+
+    def resync(self) -> None:
+        """Take over the wall clock as it stands."""
+        self._offset = self._wall() // 1_000_000 - self.monotonic()
+
+
+_SCHEDULE_NAMES = {
+    "@hourly": "0 * * * *",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a job is due, as a cron expression in a timezone (computed by cronsim)."""
+
+    expression: str
+    zone: tzinfo
+    zone_name: str | None = None
+
+    def next_after(self, moment: int, count: int = 1) -> list[int]:
+        """The next `count` occurrences after a moment; fewer where it stops occurring.
+
+        Raises ImportError without cronsim, and cronsim's own error for a bad expression.
+        """
+        from cronsim import CronSim
+
+        start = datetime.fromtimestamp(moment / SECOND, self.zone)
+        times = (round(found.timestamp() * SECOND) for found in CronSim(self._fields, start))
+        # in the hour that comes twice, cronsim may name its first pass, which is over
+        return list(itertools.islice((time for time in times if time > moment), count))
+
+    @property
+    def shortest_gap(self) -> int:
+        """Milliseconds of the shortest gap between occurrences, but for what summer time takes
+        or gives; 0 if it never occurs.
+        """
+        return _shortest_gap(self._fields)
+
+    @property
+    def in_words(self) -> str:
+        """ "At 03:00 every day" """
+        from cronsim import CronSim
+
+        return CronSim(self._fields, datetime(2020, 1, 1, tzinfo=UTC)).explain()
+
+    @property
+    def _fields(self) -> str:
+        return _SCHEDULE_NAMES.get(self.expression.lower(), self.expression)
+
+
+@functools.lru_cache(maxsize=16_384)  # a reload computes nothing again
+def _shortest_gap(fields: str) -> int:
+    """The shortest gap, from the times of day and the days on which a schedule occurs."""
+    from cronsim import CronSim
+
+    parsed = CronSim(fields, datetime(2020, 1, 1, tzinfo=UTC))
+    times = sorted(
+        HOUR * hour + MINUTE * minute for hour in parsed.hours for minute in parsed.minutes
+    )
+    days = _shortest_day_gap(*fields.split()[2:])
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    return min([*gaps, days + times[0] - times[-1]]) if days else 0
+
+
+@functools.lru_cache(maxsize=1_024)
+def _shortest_day_gap(day: str, month: str, weekday: str) -> int:
+    """The shortest time between two days on which a schedule occurs; 0: it never does.
+
+    Most schedules of a household share their days, so that the search is done once for all.
+    """
+    schedule = Schedule(f"0 0 {day} {month} {weekday}", UTC)
+    upcoming = schedule.next_after(Clock().now(), 32)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(upcoming)]
+    return min(gaps, default=LONGEST if upcoming else 0)
+
+
+# ======================================================================================
+# Config: larm.toml as frozen dataclasses. A Config that exists is valid.
+# ======================================================================================
+
+TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
+_KEY = re.compile(r"[a-z0-9_-]{1,64}")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """What is expected of one job. Durations are milliseconds."""
+
+    key: str
+    name: str
+    interval: int  # of a schedule: the shortest gap between its occurrences
+    schedule: Schedule | None
+    grace: int
+    token: str | None
+    notify: tuple[str, ...]
+    remind: int | None
+    max_runtime: int | None
+    depends_on: tuple[str, ...]
+    enabled: bool
+    note: str
+
+    @property
+    def window(self) -> int:
+        """At most one success is stored within so many milliseconds (law 2)."""
+        return -(-self.interval // 10)
+
+    @property
+    def rhythm(self) -> str:
+        """What its deadlines are computed from: they are computed anew when this changes."""
+        schedule = self.schedule
+        pattern = f"{schedule.expression} {schedule.zone}" if schedule else str(self.interval)
+        return f"{pattern} + {self.grace}"
+
+    def expectation(self, received_at: int) -> tuple[int, int]:
+        """(expected_at, deadline_at) of the next ping after one received at that moment.
+
+        A scheduled job's ping may come early by the smaller of the grace and a tenth of the gap; it
+        then counts for the occurrence that it precedes (design.md, "Time").
+        """
+        if self.schedule is None:
+            expected_at = received_at + self.interval
+        else:
+            early = min(self.grace, self.interval // 10)
+            expected_at = (self.schedule.next_after(received_at + early) or [LONGEST * 1000])[0]
+        return expected_at, expected_at + self.grace
+
+
+@dataclass(frozen=True)
+class Watchdog:
+    """Another watcher that Larm itself pings."""
+
+    ping: str
+    interval: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """A valid larm.toml."""
+
+    path: Path
+    host: str  # "" = all addresses
+    port: int
+    url: str  # without a slash at the end
+    database: Path
+    timezone: tzinfo
+    keep: int
+    password: str | None
+    public: bool
+    channels: Mapping[str, tuple[str, ...]]  # Apprise URLs by channel name
+    monitors: Mapping[str, Monitor]
+    watchdog: Watchdog | None
+
+    @property
+    def prefix(self) -> str:
+        """The path under which a reverse proxy shows Larm, "" or "/larm"."""
+        return urlsplit(self.url).path
+
+    @property
+    def unheeded(self) -> list[str]:
+        """The settings in use that this version of Larm checks, but does not act upon yet."""
+        names = ("remind", "max_runtime", "depends_on")
+        monitors = self.monitors.values()
+        used = [name for name in names if any(getattr(one, name) for one in monitors)]
+        return used + (["watchdog"] if self.watchdog else [])
+
+    def ping_url(self, token: str) -> str:
+        return f"{self.url}/api/heartbeat/{token}"
+
+
+class ConfigError(Exception):
+    """A larm.toml that can't be used; `mistakes` are all of them, a line each."""
+
+    def __init__(self, path: Path, mistakes: Iterable[str], missing: bool = False) -> None:
+        self.mistakes = [f"{path}: {mistake}" for mistake in mistakes]
+        self.missing = missing
+        super().__init__("\n".join(self.mistakes))
+
+
+def show(value: object) -> str:
+    """A value as a message may show it: short, on one line, and never a URL (law 9)."""
+    if isinstance(value, str):
+        if "://" in value:
+            return "a URL"
+        text = json.dumps(value, ensure_ascii=False)
+        return text if len(text) <= 60 else text[:56] + '..."'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value) if abs(value) < 10**20 else "a very large number"
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "a table"
+    return "a date or time"
+
+
+def is_plain(name: str) -> bool:
+    """Whether a message may show a name as it is: it is no URL, and keeps to its line."""
+    return "://" not in name and name.isprintable()
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """"; did you mean ...?", or what there is to choose from."""
+    names = sorted(name for name in names if is_plain(name))
+    if len(names) > 1_000:  # the search takes its time, and there may be as many mistakes
+        return ""
+    if near := difflib.get_close_matches(name, names, 1, 0.6):
+        return f"; did you mean {near[0]}?"
+    if not names:
+        return "; there is none yet"
+    return f"; there is {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+
+
+TOP_SETTINGS = ("listen", "url", "database", "keep", "password", "public")
+
+
+class Table:
+    """A TOML table while it is read: every mistake in it is noted, none stops the reading."""
+
+    def __init__(self, path: str, values: object, mistakes: list[str]) -> None:
+        self._path = path
+        self._mistakes = mistakes
+        self._known: list[str] = []
+        self.values: dict[str, object] = {}
+        if isinstance(values, dict):
+            self.values = values
+        else:
+            mistakes.append(f"{path}: found {show(values)}; it must be a table, [{path}]")
+
+    def mistake(self, name: str, message: object) -> None:
+        name = name if is_plain(name) else show(name)
+        self._mistakes.append(f"{self._path}.{name}: {message}".lstrip("."))
+
+    def take(self, name: str, convert: Callable[[object], T], default: D) -> T | D:
+        """The setting's converted value, or the default where it is not set or is a mistake."""
+        self._known.append(name)
+        if name not in self.values:
+            return default
+        try:
+            return convert(self.values[name])
+        except ValueError as error:  # one mistake an argument
+            for message in error.args:
+                self.mistake(name, message)
+            return default
+
+    def refuse_others(self, reserved: Mapping[str, str]) -> None:
+        """Note every setting that was not taken; `reserved` says why for some."""
+        for name in self.values:
+            if name in reserved:
+                self.mistake(name, reserved[name])
+            elif self._path and name in TOP_SETTINGS and name not in self._known:
+                self.mistake(name, "belongs at the top of the file, above the first [table]")
+            elif name not in self._known:
+                self.mistake(name, f"no such setting{nearest(name, self._known)}")
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"found {show(value)}; it is true or false")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"found {show(value)}; it must be text in quotes")
+    return value
+
+
+def _name(value: object) -> str:
+    if not _text(value).strip() or not _text(value).isprintable():
+        raise ValueError(f"found {show(value)}; it must be text on one line, or left out")
+    return _text(value)
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        hint = f"[{show(value)}]" if isinstance(value, str) and "://" not in value else '["a", "b"]'
+        raise ValueError(f"found {show(value)}; it must be a list of names, such as {hint}")
+    return tuple(dict.fromkeys(value))
+
+
+def _duration(shortest: int, longest: int = LONGEST) -> Callable[[object], int]:
+    def convert(value: object) -> int:
+        ms = parse_duration(value)
+        if not shortest <= ms <= longest:
+            span = f"{format_duration(shortest) if shortest else 0} to {format_duration(longest)}"
+            raise ValueError(f"{show(value)} is out of range: {span} is allowed")
+        return ms
+
+    return convert
+
+
+def _zone(value: object) -> zoneinfo.ZoneInfo:
+    name = _text(value)
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
+        zones = zoneinfo.available_timezones()
+        if not zones:
+            message = "no time zones are installed here: install tzdata (apt-get or pip install)"
+            raise ValueError(message) from None
+        near = difflib.get_close_matches(name, zones, 1, 0.6)
+        hint = f"; did you mean {near[0]}?" if near else ', such as "Europe/Stockholm" or "UTC"'
+        raise ValueError(f"{show(name)} is not a time zone{hint}") from None
+
+
+def _address(value: object) -> tuple[str, int]:
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:\s/]*)):(\d{1,5})", _text(value))
+    if not match or not 1 <= int(match[3]) <= 65535:
+        raise ValueError(
+            f'{show(value)} is not an address: write "127.0.0.1:5276", "[::1]:5276", '
+            'or ":5276" for all addresses; the port is 1 to 65535'
+        )
+    return match[1] or match[2] or "", int(match[3])
+
+
+def _public_url(value: object) -> str:
+    text = _text(value)
+    try:
+        parts = urlsplit(text)
+        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:
+        valid = False
+    plain = valid and re.fullmatch(r"[A-Za-z0-9._~/-]*", parts.path)
+    if not plain or parts.query or parts.fragment or parts.username:
+        example = '"http://nas.lan:5276" or "https://home.example/larm"'
+        raise ValueError(f"found {show(value)}; it must look like {example}")
+    return text.rstrip("/")
+
+
+def default_url(host: str, port: int) -> str:
+    """The url of a Larm that listens there."""
+    name = socket.gethostname() if host in ("", "0.0.0.0", "::") else host
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
+
+
+def _substitute(text: str, environ: Mapping[str, str]) -> str:
+    """`text` with each ${NAME} replaced from the environment."""
+    mistakes = []
+    for name in dict.fromkeys(_VARIABLE.findall(text)):
+        try:
+            environ[name]
+        except KeyError:
+            mistakes.append(f"${{{name}}} is not set in the environment of this process")
+    if mistakes:
+        raise ValueError(*mistakes)
+    return _VARIABLE.sub(lambda match: environ[match[1]], text)
+
+
+def _named_zone(value: object) -> tuple[tzinfo, str | None]:
+    return _zone(value), _text(value)
+
+
+def _schedule(zone: tzinfo, zone_name: str | None) -> Callable[[object], Schedule]:
+    def convert(value: object) -> Schedule:
+        expression = _text(value).strip()
+        fields = "minute hour day month weekday"
+        if expression.lower() not in _SCHEDULE_NAMES and len(expression.split()) != 5:
+            raise ValueError(f'{show(value)} is not a schedule: write five fields, "{fields}"')
+        try:
+            schedule = Schedule(expression, zone, zone_name)
+            occurs = schedule.shortest_gap > 0
+        except ImportError:
+            raise ValueError("needs the package cronsim: pip install cronsim") from None
+        except Exception as error:  # cronsim's own error class is not importable without it
+            raise ValueError(f"{show(value)} is not a schedule: {error} ({fields})") from None
+        if not occurs:
+            raise ValueError(f"{show(value)} never occurs; correct its day or month")
+        return schedule
+
+    return convert
+
+
+Accepts = Callable[[str], str | None]
+"""What is wrong with an Apprise URL, in words that don't show it; None where it is fine."""
+
+
+class _Loader:
+    """Turns one parsed larm.toml into a Config, collecting its mistakes."""
+
+    def __init__(self, path: Path, environ: Mapping[str, str], accepts: Accepts) -> None:
+        self._path = path
+        self._environ = environ
+        self._accepts = accepts
+        self.mistakes: list[str] = []
+
+    def config(self, values: dict[str, object]) -> Config:
+        top = Table("", values, self.mistakes)
+        zone = top.take("timezone", _named_zone, None)
+        host, port = top.take("listen", _address, ("127.0.0.1", 5276))
+        channels = self._channels(top.take("channels", self._table("channels"), None))
+        defaults = top.take("defaults", self._table("defaults"), None)
+        monitors = top.take("monitors", self._table("monitors"), None)
+        watchdog = top.take("watchdog", self._table("watchdog"), None)
+        config = Config(
+            path=self._path,
+            host=host,
+            port=port,
+            url=top.take("url", _public_url, default_url(host, port)),
+            database=self._path.parent / top.take("database", _name, "larm.db"),
+            timezone=zone[0] if zone else system_zone(),
+            keep=top.take("keep", _duration(SECOND, 3660 * DAY), 90 * DAY),
+            password=top.take("password", self._secret, None),
+            public=top.take("public", _boolean, False),
+            channels=channels,
+            monitors=self._monitors(monitors, defaults, channels, zone),
+            watchdog=self._watchdog(watchdog) if watchdog else None,
+        )
+        top.refuse_others({})
+        return config
+
+    def _table(self, path: str) -> Callable[[object], Table]:
+        return lambda value: Table(path, value, self.mistakes)
+
+    def _secret(self, value: object) -> str:
+        if not isinstance(value, str) or not value:
+            raise ValueError("it must be text in quotes, and not empty")
+        return _substitute(value, self._environ)
+
+    def _token(self, value: object) -> str:
+        token = self._secret(value)
+        if not TOKEN.fullmatch(token):
+            found = f"found {len(token)} characters"
+            raise ValueError(f"a token is 16 to 128 of A-Z a-z 0-9 _ - ({found}; try a UUID)")
+        return token
+
+    def _channels(self, table: Table | None) -> dict[str, tuple[str, ...]]:
+        def urls(value: object) -> tuple[str, ...]:
+            texts = value if isinstance(value, list) else [value]
+            if not texts:
+                raise ValueError("is an empty list; give it an Apprise URL or remove it")
+            resolved, mistakes = [], []
+            for number, text in enumerate(texts, 1):
+                which = f"URL {number}: " if len(texts) > 1 else ""
+                try:
+                    resolved.append(self._secret(text))
+                except ValueError as error:
+                    mistakes += [f"{which}{message}" for message in error.args]
+                else:
+                    if problem := self._accepts(resolved[-1]):
+                        wiki = "https://github.com/caronc/apprise/wiki"
+                        mistakes.append(f"{which}{problem} ({wiki})")
+            if mistakes:
+                raise ValueError(*mistakes)
+            return tuple(resolved)
+
+        return {name: table.take(name, urls, ()) for name in table.values} if table else {}
+
+    def _monitors(
+        self,
+        table: Table | None,
+        defaults: Table | None,
+        channels: Mapping[str, object],
+        zone: tuple[tzinfo, str | None] | None,
+    ) -> dict[str, Monitor]:
+        found = table.values if table else {}
+        inherited: dict[str, object] = {} if zone is None else {"timezone": zone}
+        if defaults is not None:
+            self._monitor("", defaults, inherited, channels, found)
+        if not found:
+            self.mistakes.append('no monitors: add one, such as [monitors.backup] interval = "1d"')
+        monitors: dict[str, Monitor] = {}
+        for key, values in found.items():
+            if not _KEY.fullmatch(key):
+                near = re.sub(r"[^a-z0-9_-]+", "-", key.lower()).strip("-")[:64]
+                hint = f"; try {near}" if near and is_plain(key) else ""
+                self.mistakes.append(f"monitors.{show(key)}: a key is 1 to 64 of a-z 0-9 - _{hint}")
+                continue
+            own = Table(f"monitors.{key}", values, self.mistakes)
+            monitors[key] = self._monitor(key, own, inherited, channels, found)
+        self._refuse_shared_tokens(monitors.values())
+        self._refuse_cycles(monitors)
+        return monitors
+
+    def _monitor(
+        self,
+        key: str,
+        own: Table,
+        inherited: dict[str, object],
+        channels: Mapping[str, object],
+        keys: Mapping[str, object],
+    ) -> Monitor:
+        """One [monitors.key] table, or, where key is "", the [defaults], which then inherited gets.
+
+        `inherited`: the converted values of what [defaults] sets.
+        """
+
+        def take(name: str, convert: Callable[[object], T], default: D) -> T | D:
+            value = own.take(name, convert, cast(D, inherited.get(name, default)))
+            if not key and name in own.values:
+                inherited[name] = value
+            return value
+
+        def known(names: Iterable[str], what: str) -> Callable[[object], tuple[str, ...]]:
+            def convert(value: object) -> tuple[str, ...]:
+                unknown = [name for name in _names(value) if name not in names]
+                if unknown:
+                    raise ValueError(
+                        *(f"{show(name)} is not a {what}{nearest(name, names)}" for name in unknown)
+                    )
+                return _names(value)
+
+            return convert
+
+        zone = take("timezone", _named_zone, (system_zone(), None))
+        interval = schedule = None
+        if key:
+            interval = own.take("interval", _duration(SECOND), None)
+            schedule = own.take("schedule", _schedule(*zone), None)
+            given = [name for name in ("interval", "schedule") if name in own.values]
+            if len(given) == 2:
+                own.mistake("interval", "set either interval or schedule (both were found)")
+            elif not given and not difflib.get_close_matches("interval", own.values, 1, 0.7):
+                own.mistake("interval", "set either interval or schedule (neither was found)")
+        gap = schedule.shortest_gap if schedule else interval or DAY
+        depends_on = take("depends_on", known(keys, "monitor"), ())
+        if "depends_on" not in own.values:  # everything may depend on the router but itself
+            depends_on = tuple(parent for parent in depends_on if parent != key)
+        monitor = Monitor(
+            key=key,
+            name=own.take("name", _name, key) if key else key,
+            interval=gap,
+            schedule=schedule,
+            grace=take("grace", _duration(0), min(gap // 10, HOUR)),
+            token=own.take("token", self._token, None) if key else None,
+            notify=take("notify", known(channels, "channel"), tuple(channels)),
+            remind=take("remind", _duration(SECOND), None),
+            max_runtime=take("max_runtime", _duration(SECOND), None),
+            depends_on=depends_on,
+            enabled=take("enabled", _boolean, True),
+            note=take("note", _text, ""),
+        )
+        single = "can't be a default: set it in each monitor"
+        only_own = dict.fromkeys(("name", "token", "interval", "schedule"), single)
+        own.refuse_others({} if key else only_own)
+        return monitor
+
+    def _watchdog(self, table: Table) -> Watchdog:
+        def address(value: object) -> str:
+            url = self._secret(value)
+            if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", url):
+                raise ValueError("it must be an http:// or https:// URL")
+            return url
+
+        ping = table.take("ping", address, "")
+        if "ping" not in table.values:
+            table.mistake("ping", "is missing: the URL to ping")
+        interval = table.take("interval", _duration(SECOND), MINUTE)
+        table.refuse_others({})
+        return Watchdog(ping, interval)
+
+    def _refuse_shared_tokens(self, monitors: Iterable[Monitor]) -> None:
+        owners: dict[str, str] = {}
+        for monitor in monitors:
+            if monitor.token in owners:
+                self.mistakes.append(
+                    f"monitors.{monitor.key}.token: is monitors.{owners[monitor.token]}.token, "
+                    "too; each monitor needs its own"
+                )
+            elif monitor.token:
+                owners[monitor.token] = monitor.key
+
+    def _refuse_cycles(self, monitors: Mapping[str, Monitor]) -> None:
+        finished: set[str] = set()
+        for start in monitors:
+            trail = [start]
+            branches = [iter(monitors[start].depends_on if start not in finished else ())]
+            while branches:
+                parent = next(branches[-1], None)
+                if parent is None:
+                    finished.add(trail.pop())
+                    branches.pop()
+                elif parent in trail:
+                    cycle = " -> ".join([*trail[trail.index(parent) :], parent])
+                    self.mistakes.append(f"monitors.{trail[-1]}.depends_on: a cycle: {cycle}")
+                elif parent in monitors and parent not in finished:
+                    trail.append(parent)
+                    branches.append(iter(monitors[parent].depends_on))
+
+
+TOML_HINTS = {
+    "Invalid value": "; text needs quotes",
+    "Illegal character '\\n'": "; a quote is not closed",
+    "Expected newline or end": "; text needs quotes",
+    "Cannot overwrite a value": "; a setting stands twice",
+    "Cannot declare": "; a table stands twice",
+    "end of a table declaration": "; an id has no spaces",
+}
+
+
+def load(path: Path, environ: Mapping[str, str], accepts: Accepts | None = None) -> Config:
+    """The Config in a TOML file, or ConfigError with every mistake in it (interface.md).
+
+    `accepts` judges channel URLs: Notifier's accepts(), which costs an import of apprise.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        values = tomllib.loads(text.replace("\r\n", "\n"))
+    except FileNotFoundError:
+        hint = "no such file; name one with -c, or run Larm without -c for a starter"
+        raise ConfigError(path, [hint], missing=True) from None
+    except OSError as error:
+        raise ConfigError(path, [f"can't be read: {error.strerror}"], missing=True) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(path, [f"line {line}: is not UTF-8; save it as UTF-8"]) from None
+    except (ValueError, RecursionError) as error:  # tomllib raises more than its own error
+        last = f"at line {text.count(chr(10)) + 1}, the last one"
+        reason = str(error).replace("at end of document", last)
+        hint = next((hint for sign, hint in TOML_HINTS.items() if sign in reason), "")
+        raise ConfigError(path, [f"is not valid TOML: {reason}{hint}"]) from None
+    loader = _Loader(path, environ, accepts or (lambda _: None))
+    config = loader.config(values)
+    if loader.mistakes:
+        raise ConfigError(path, loader.mistakes)
+    return config
+
+
+def warn_of(config: Config) -> None:
+    """Log what a valid configuration may not do as its author expects."""
+    if not config.channels:
+        log.warning("no channels are configured: nobody will be alerted")
+    if config.unheeded:
+        log.warning("not acted upon yet by this version: %s", ", ".join(config.unheeded))
+
+
+# ======================================================================================
+# Store: the SQLite database. All SQL stands here; one thread writes, in group commits.
+# ======================================================================================
+
+APPLICATION_ID = 0x4C41524D  # "LARM", so that another program's database is recognised
+NEWEST_KEPT = 1_000  # heartbeats of one monitor
+BATCH = 500  # writes in one commit, rows in one round of pruning or of deadlines
+_ANSWER_WITHIN = 30.0  # seconds that a caller waits for its commit
+
+MIGRATIONS = [
+    """
+    CREATE TABLE clock (
+        alive_at INTEGER NOT NULL,
+        ballast BLOB                      -- what the writer tries to write while the disk is full
+    );
+
+    CREATE TABLE monitors (
+        id INTEGER PRIMARY KEY,
+        key TEXT NOT NULL UNIQUE,
+        name TEXT NOT NULL,
+        made_token TEXT NOT NULL UNIQUE,  -- in force where larm.toml gives none
+        created_at INTEGER NOT NULL,
+        watching TEXT NOT NULL DEFAULT 'yes'
+            CHECK (watching IN ('yes', 'paused', 'disabled', 'removed')),
+        unwatched_at INTEGER,             -- since when it is not watched
+        resumes_at INTEGER,               -- the end of a timed pause
+        state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'up', 'down')),
+        since INTEGER NOT NULL,           -- of the state
+        received_at INTEGER,              -- the last success, stored or throttled
+        counts_from INTEGER,              -- received_at, later by the gaps since: what expected_at
+        rhythm TEXT NOT NULL,             -- and deadline_at were computed from, and how
+        expected_at INTEGER,
+        deadline_at INTEGER               -- runs while the state is up
+    );
+    CREATE INDEX monitors_by_deadline ON monitors (deadline_at)
+        WHERE deadline_at IS NOT NULL AND watching = 'yes';
+    CREATE INDEX monitors_by_resumption ON monitors (resumes_at) WHERE resumes_at IS NOT NULL;
+
+    CREATE TABLE heartbeats (
+        id INTEGER PRIMARY KEY,
+        monitor_id INTEGER NOT NULL REFERENCES monitors,
+        at INTEGER NOT NULL,
+        signal TEXT NOT NULL CHECK (signal IN ('success', 'fail', 'start', 'log')),
+        exit_status INTEGER,
+        duration_ms INTEGER,
+        method TEXT NOT NULL,
+        sender TEXT,
+        user_agent TEXT,
+        rid TEXT,
+        body TEXT
+    );
+    CREATE INDEX heartbeats_by_monitor ON heartbeats (monitor_id, id);
+
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY,
+        monitor_id INTEGER NOT NULL REFERENCES monitors,
+        type TEXT NOT NULL CHECK (type IN ('down', 'up')),
+        at INTEGER NOT NULL,
+        reason TEXT CHECK (reason IN ('missed', 'failed', 'overran')),
+        last_heartbeat_at INTEGER,
+        expected_at INTEGER,
+        down_ms INTEGER,
+        heartbeat_id INTEGER REFERENCES heartbeats
+    );
+    CREATE INDEX events_by_monitor ON events (monitor_id, at);
+    CREATE INDEX events_by_time ON events (at);
+    CREATE INDEX events_by_heartbeat ON events (heartbeat_id) WHERE heartbeat_id IS NOT NULL;
+
+    CREATE TABLE deliveries (
+        id INTEGER PRIMARY KEY,
+        event_id INTEGER NOT NULL REFERENCES events ON DELETE CASCADE,
+        channel TEXT NOT NULL,
+        state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'sent', 'failed')),
+        attempts INTEGER NOT NULL DEFAULT 0,
+        due_at INTEGER NOT NULL,
+        first_tried_at INTEGER,
+        at INTEGER,                       -- of the last attempt
+        error TEXT
+    );
+    CREATE INDEX deliveries_pending ON deliveries (channel, due_at) WHERE state = 'pending';
+    CREATE INDEX deliveries_by_event ON deliveries (event_id);
+
+    CREATE TABLE gaps (
+        id INTEGER PRIMARY KEY,
+        monitor_id INTEGER REFERENCES monitors, -- which was paused; NULL: Larm was not watching
+        from_at INTEGER NOT NULL,
+        to_at INTEGER NOT NULL            -- before from_at where the clock was set back
+    );
+    CREATE INDEX gaps_by_time ON gaps (to_at);
+    """,
+]
+
+
+class StoreError(Exception):
+    """The database can't be opened; the message says why and what to do."""
+
+
+class Unrecordable(Exception):
+    """Nothing can be written now: the disk is full, the file is read-only, ..."""
+
+
+class Unanswered(Unrecordable):
+    """The database takes too long; what was to be written may be written yet."""
+
+
+class Write(Generic[T]):
+    """One operation, with an item for it, on its way to the disk."""
+
+    __slots__ = ("_done", "_error", "item", "operation", "value")
+
+    def __init__(
+        self, operation: Callable[[sqlite3.Connection, list[Any]], T], item: object
+    ) -> None:
+        self.operation = operation
+        self.item = item
+        self.value: T
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._error: Exception | None = None
+
+    def finish(self, error: Exception | None = None) -> None:
+        del self.operation, self.item  # and with them whatever they hold, such as a body
+        self._error = error
+        self._done.release()
+
+    def result(self) -> T:
+        """What the operation returned, once it is committed; raises Unrecordable if it can't be."""
+        if not self._done.acquire(timeout=_ANSWER_WITHIN):
+            raise Unanswered("the database does not answer")
+        self._done.release()
+        if self._error is not None:
+            raise self._error
+        return self.value
+
+
+def connect(path: Path, readonly: bool) -> sqlite3.Connection:
+    """A connection in autocommit mode; raises sqlite3.Error."""
+    uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rw'}"
+    db = sqlite3.connect(
+        uri, uri=True, isolation_level=None, timeout=10, check_same_thread=False
+    )
+    db.row_factory = sqlite3.Row
+    db.execute("PRAGMA foreign_keys = ON")
+    db.execute(f"PRAGMA cache_size = {-256 if readonly else -4096}")  # kibibytes
+    return db
+
+
+class Store:
+    """Opens the database for this process alone, and writes to it from one thread.
+
+    A write is an operation: a function of the connection, which runs inside a transaction that it
+    shares with whatever else has queued up. It may be run again where another one failed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises StoreError."""
+        self.path = path
+        self.failure: str | None = None  # why nothing can be written, while that is so
+        self.stored = 0  # commits since the start, for those who watch the writer
+        self._queue: queue.SimpleQueue[Write[Any] | None] = queue.SimpleQueue()
+        self._idle: list[sqlite3.Connection] = []
+        self._closing = False
+        self._lock_file = self._lock()
+        try:
+            self._db = self._open()
+        except StoreError:
+            os.close(self._lock_file)
+            raise
+        self._thread = threading.Thread(target=self._write_forever, name="writer", daemon=True)
+        self._thread.start()
+
+    def _lock(self) -> int:
+        """A lock that the kernel drops when this process dies. Its file says which process that is
+        and when it ticked last.
+        """
+        path = f"{self.path}.lock"
+        lock_file = None
+        try:
+            lock_file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.pread(lock_file, 100, 0).split()
+            self._last_tick = int(held[1]) if len(held) == 2 and held[1].isdigit() else 0
+            self._write_lock(lock_file, self._last_tick)
+            return lock_file
+        except OSError as error:
+            reason = f"{path}: {error.strerror}; correct the folder, its permissions or its space"
+            if lock_file is not None:
+                if isinstance(error, BlockingIOError):
+                    process = os.pread(lock_file, 100, 0).decode("ascii", "replace").split(" ")[0]
+                    reason = (f"another Larm (process {process}) is running on it; stop that one, "
+                              "or give this one another database")
+                os.close(lock_file)
+            raise StoreError(f"{self.path}: {reason}") from None
+
+    @staticmethod
+    def _write_lock(lock_file: int, tick: int) -> None:
+        os.pwrite(lock_file, f"{os.getpid()} {tick}".ljust(40).encode() + b"\n", 0)
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            if self.path.stat().st_mode & 0o077:
+                self.path.chmod(0o600)
+            db = connect(self.path, readonly=False)
+            migrate(db)
+            if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+                raise ValueError("this file system can't hold SQLite's WAL; use a local disk")
+            db.execute("PRAGMA synchronous = FULL")
+            db.executescript(TAKE_PINGS)
+            return db
+        except (OSError, sqlite3.Error, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise StoreError(f"{self.path}: can't be used as the database: {reason}") from None
+
+    # Writing
+
+    def submit(self, operation: Callable[[sqlite3.Connection], T]) -> Write[T]:
+        """Queue an operation; raises Unrecordable at once while nothing can be written."""
+        return self.gather(lambda db, _: operation(db), None)
+
+    def gather(
+        self, operation: Callable[[sqlite3.Connection, list[Item]], T], item: Item
+    ) -> Write[T]:
+        """Queue an item for an operation that takes all the items that wait for it in a row."""
+        if self._closing or self.failure:
+            raise Unrecordable(self.failure or "Larm is stopping")
+        write = Write(operation, item)
+        self._queue.put(write)
+        return write
+
+    def write(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        """Run an operation and return its result once it is on disk; may raise Unrecordable."""
+        return self.submit(operation).result()
+
+    def _write_forever(self) -> None:
+        while True:
+            try:
+                batch = [self._queue.get(timeout=1.0 if self.failure else None)]
+                with contextlib.suppress(queue.Empty):
+                    while len(batch) < BATCH and batch[-1] is not None:
+                        batch.append(self._queue.get_nowait())
+            except queue.Empty:
+                batch = []
+            writes = [write for write in batch if write is not None]
+            if self.failure:
+                self._probe()
+            if writes:
+                self._commit(writes)
+            if None in batch:
+                return
+
+    def _probe(self) -> None:
+        """Find out whether the database takes writes again."""
+        try:
+            self._transact([Write(write_ballast, None)])
+        except Exception:  # still failing, for whatever reason: asked again in a second
+            return
+        log.warning("%s can be written again", self.path)
+        self.failure = None
+
+    def _commit(self, writes: list[Write[Any]]) -> None:
+        """Commit all of them as one transaction, and answer each."""
+        try:
+            self._transact(writes)
+        except Exception as error:
+            if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
+                if self.failure is None:
+                    log.error("%s can't be written: %s; pings get 503 till then", self.path, error)
+                self.failure = str(error)
+                for write in writes:
+                    write.finish(Unrecordable(str(error)))
+            elif len(writes) == 1:
+                writes[0].finish(error)
+            else:  # one of them is at fault: the others must not suffer for it
+                for write in writes:
+                    self._commit([write])
+        else:
+            for write in writes:
+                write.finish()
+
+    def _transact(self, writes: list[Write[Any]]) -> None:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for operation, group in itertools.groupby(writes, lambda write: write.operation):
+                same = list(group)
+                value = operation(self._db, [write.item for write in same])
+                for write in same:
+                    write.value = value
+            self._db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.rollback()
+            raise
+        self.stored += 1
+
+    # Reading
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """A read-only connection that is this thread's own for the time being."""
+        db = self._idle.pop() if self._idle else connect(self.path, readonly=True)
+        try:
+            yield db
+        except BaseException:
+            db.close()
+            raise
+        self._idle.append(db)
+
+    # Being alive
+
+    def last_alive_at(self) -> int | None:
+        """When the Larm that last used this database was last seen alive, in its clock's time.
+
+        The lock file's tick is finer, but counts only where it belongs to this very database and
+        not to one that was put in its place: alive_at can't be older than half a minute then.
+        """
+        with self.reading() as db:
+            row = db.execute("SELECT alive_at FROM clock").fetchone()
+        if row is None:
+            return None
+        alive_at: int = row["alive_at"]
+        return self._last_tick if 0 <= self._last_tick - alive_at <= 2 * ALIVE_EVERY else alive_at
+
+    def mark_tick(self, now: int) -> None:
+        """Note in the lock file that Larm is alive: costs no commit, and survives a kill -9."""
+        with contextlib.suppress(OSError):  # a full disk; alive_at is not written then, either
+            self._write_lock(self._lock_file, now)
+
+    def writer_is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Commit what is queued, and close the WAL and every connection."""
+        self._closing = True
+        self._queue.put(None)
+        self._thread.join(timeout=4)
+        for reader in self._idle:
+            reader.close()
+        if not self._thread.is_alive():
+            self._db.close()
+        os.close(self._lock_file)
+
+
+ALIVE_EVERY = 30 * SECOND  # how often alive_at is written
+
+
+def schema_version(db: sqlite3.Connection) -> int:
+    """Raises ValueError for another program's database, and for that of a newer Larm."""
+    version: int = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise ValueError(
+            f"it was written by a newer Larm (schema {version}; this one knows "
+            f"{len(MIGRATIONS)}): update larm.py"
+        )
+    owner = db.execute("PRAGMA application_id").fetchone()[0]
+    tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+    if tables and owner != APPLICATION_ID:
+        raise ValueError("it belongs to another program")
+    return version
+
+
+def migrate(db: sqlite3.Connection) -> None:
+    """Bring the schema up to date, a transaction a step; raises as schema_version() does."""
+    version = schema_version(db)
+    for number, script in enumerate(MIGRATIONS[version:], version + 1):
+        db.executescript(
+            f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; {script};"
+            f"PRAGMA user_version = {number}; COMMIT"
+        )
+
+
+# Named queries. Each takes a connection; those that write run inside an operation of the Store.
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A monitor of the configuration, as the database knows it."""
+
+    id: int
+    token: str
+    monitor: Monitor
+
+
+def adopt(db: sqlite3.Connection, monitors: Iterable[Monitor], now: int) -> list[Watched]:
+    """Make the database's monitors those of the configuration; no timer starts anew (law 7).
+
+    What is new gets a token and waits for its first ping. What is gone or disabled is not watched
+    from now on, and keeps its history. What is back goes on with the time that it had left; what
+    was disabled is resumed.
+    """
+    rows = {row["key"]: row for row in db.execute("SELECT * FROM monitors")}
+    watched = []
+    for monitor in monitors:
+        row = rows.pop(monitor.key, None)
+        if row is None:
+            row = _insert_monitor(db, monitor, now)
+        _rewatch(db, monitor, row, now)
+        watched.append(Watched(row["id"], monitor.token or row["made_token"], monitor))
+    for row in rows.values():
+        if row["watching"] == "yes":
+            unwatch(db, row["id"], "removed", now)
+    return watched
+
+
+def _insert_monitor(db: sqlite3.Connection, monitor: Monitor, now: int) -> sqlite3.Row:
+    row: sqlite3.Row = db.execute(
+        """
+        INSERT INTO monitors (key, name, made_token, created_at, since, rhythm)
+        VALUES (:key, :name, :token, :now, :now, :rhythm)
+        RETURNING *
+        """,
+        {"key": monitor.key, "name": monitor.name, "token": secrets.token_hex(16), "now": now,
+         "rhythm": monitor.rhythm},
+    ).fetchone()
+    return row
+
+
+def unwatch(
+    db: sqlite3.Connection, monitor_id: int, why: str, now: int, resumes_at: int | None = None
+) -> None:
+    """Stop watching a monitor because it is paused, disabled or removed."""
+    db.execute(
+        """
+        UPDATE monitors
+        SET watching = :why, unwatched_at = COALESCE(unwatched_at, :now), resumes_at = :resumes_at
+        WHERE id = :id
+        """,
+        {"id": monitor_id, "why": why, "now": now, "resumes_at": resumes_at},
+    )
+
+
+def watch_again(db: sqlite3.Connection, monitor: Monitor, row: sqlite3.Row, now: int) -> None:
+    """Watch a paused or disabled monitor again: it has one interval and its grace from now."""
+    expected_at, deadline_at = monitor.expectation(now)
+    db.execute(
+        "INSERT INTO gaps (monitor_id, from_at, to_at) VALUES (:id, :unwatched_at, :now)",
+        {"id": row["id"], "unwatched_at": row["unwatched_at"], "now": now},
+    )
+    db.execute(
+        """
+        UPDATE monitors
+        SET watching = 'yes', unwatched_at = NULL, resumes_at = NULL
+        WHERE id = :id
+        """,
+        {"id": row["id"]},
+    )
+    db.execute(
+        """
+        UPDATE monitors
+        SET state = 'up', since = IIF(state = 'up', since, :now), counts_from = :now,
+            expected_at = :expected, deadline_at = :deadline
+        WHERE id = :id AND state <> 'pending'
+        """,
+        {"id": row["id"], "now": now, "expected": expected_at, "deadline": deadline_at},
+    )
+
+
+def pause_or_resume(
+    db: sqlite3.Connection, monitor: Monitor, verb: str, span: int | None, now: int
+) -> None:
+    """Pause a monitor, for `span` milliseconds or until resumed, or resume it.
+
+    Raises ValueError for one that larm.toml disables, or that the database does not know yet.
+    """
+    row = read_monitors(db).get(monitor.key)
+    if row is None or row["watching"] == "removed":
+        raise ValueError(f"{monitor.key} is not watched yet: start Larm once")
+    if not monitor.enabled:
+        raise ValueError(f"{monitor.key} is disabled in the file: set enabled = true there")
+    if verb == "pause":
+        unwatch(db, row["id"], "paused", now, None if span is None else now + span)
+    elif row["watching"] == "paused":
+        watch_again(db, monitor, row, now)
+
+
+def pause_length(value: object) -> int:
+    """Milliseconds of a pause; raises ValueError."""
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value):  # from the command line
+        value = int(value)
+    return _duration(SECOND)(value)
+
+
+def _rewatch(db: sqlite3.Connection, monitor: Monitor, row: sqlite3.Row, now: int) -> None:
+    """Bring one known monitor's name, rhythm and deadline in line with its configuration."""
+    counts_from, expected_at = row["counts_from"], row["expected_at"]
+    deadline_at = row["deadline_at"]
+    if monitor.rhythm != row["rhythm"] and deadline_at is not None:
+        expected_at, deadline_at = monitor.expectation(counts_from)
+    watching, unwatched_at = row["watching"], row["unwatched_at"]
+    if watching == "removed" and monitor.enabled:
+        watching, unwatched_at = "yes", None
+        if deadline_at is not None:
+            away = now - row["unwatched_at"]
+            counts_from, expected_at = counts_from + away, expected_at + away
+            deadline_at += away
+    values = {
+        "name": monitor.name, "rhythm": monitor.rhythm, "watching": watching,
+        "unwatched_at": unwatched_at, "counts_from": counts_from, "expected_at": expected_at,
+        "deadline_at": deadline_at,
+    }
+    if any(row[column] != value for column, value in values.items()):
+        db.execute(
+            f"UPDATE monitors SET {', '.join(f'{name} = :{name}' for name in values)} "
+            "WHERE id = :id",
+            values | {"id": row["id"]},
+        )
+    if not monitor.enabled and row["watching"] != "disabled":
+        unwatch(db, row["id"], "disabled", now)
+    elif monitor.enabled and row["watching"] == "disabled":
+        watch_again(db, monitor, row, now)
+
+
+@dataclass(frozen=True)
+class Ping:
+    """One call to the heartbeat endpoint, as it is kept."""
+
+    signal: str  # success, fail, start or log
+    exit_status: int | None = None
+    method: str = "GET"
+    sender: str | None = None
+    user_agent: str | None = None
+    rid: str | None = None
+    body: str | None = None
+
+
+@dataclass(frozen=True)
+class Received:
+    """A ping with its monitor and the moment it came."""
+
+    watched: Watched
+    ping: Ping
+    at: int
+
+
+TAKE_PINGS = """
+    CREATE TEMP VIEW ping AS
+    SELECT 0 AS monitor_id, 0 AS at, 0 AS window, 0 AS interval, 0 AS expected_at, 0 AS deadline_at,
+        '' AS signal, 0 AS exit_status, '' AS method, '' AS sender, '' AS user_agent, '' AS rid,
+        '' AS body;
+
+    CREATE TEMP TRIGGER take_ping INSTEAD OF INSERT ON ping BEGIN
+        INSERT INTO heartbeats
+            (monitor_id, at, signal, exit_status, method, sender, user_agent, rid, body)
+        SELECT new.monitor_id, new.at, new.signal, new.exit_status, new.method, new.sender,
+            new.user_agent, new.rid, new.body
+        WHERE NOT EXISTS (
+            SELECT 1
+            FROM (
+                SELECT at
+                FROM heartbeats
+                WHERE monitor_id = new.monitor_id AND signal = new.signal
+                ORDER BY id DESC
+                LIMIT 1
+            ) newest
+            WHERE newest.at > new.at - new.window AND newest.at <= new.at
+        )
+        OR EXISTS (
+            SELECT 1
+            FROM monitors
+            WHERE id = new.monitor_id AND watching = 'yes'
+            AND IIF(new.signal = 'success', state <> 'up', new.signal = 'fail' AND state <> 'down')
+            AND (
+                SELECT COUNT(*)
+                FROM events
+                WHERE monitor_id = new.monitor_id AND at > new.at - new.interval AND at <= new.at
+            ) < 10
+        );
+        UPDATE monitors
+        SET received_at = new.at, counts_from = new.at,
+            expected_at = new.expected_at, deadline_at = new.deadline_at
+        WHERE id = new.monitor_id AND state = 'up' AND new.signal = 'success';
+    END;
+"""
+"""Store a ping unless the throttle drops it, and move its monitor's deadline where one runs.
+
+The window counts from the newest stored heartbeat of the same signal, unless that one is dated in
+the future, since the clock was wrong then. What changes the state is stored whatever the window,
+ten times an interval. It is a trigger, so that a batch of pings is one call of SQLite: each call
+lets go of the interpreter lock, and must win it back from the threads that serve requests.
+"""
+
+
+def _rows(count: int, columns: int) -> str:
+    """The placeholders of so many rows of VALUES."""
+    return ", ".join([f"({', '.join('?' * columns)})"] * count)
+
+
+def take_pings(db: sqlite3.Connection, received: Sequence[Received]) -> bool:
+    """Run TAKE_PINGS; True if each was stored and was a success of a monitor that is up."""
+    before = db.total_changes
+    values: list[object] = []
+    for one in received:
+        monitor, ping = one.watched.monitor, one.ping
+        values += (
+            one.watched.id, one.at, monitor.window, monitor.interval, *monitor.expectation(one.at),
+            ping.signal, ping.exit_status, ping.method, ping.sender, ping.user_agent, ping.rid,
+            ping.body,
+        )
+    db.execute(f"INSERT INTO ping VALUES {_rows(len(received), 13)}", values)
+    return db.total_changes - before == 2 * len(received)
+
+
+def heartbeat_of(db: sqlite3.Connection, received: Received) -> int | None:
+    """The id of a ping's heartbeat, if it was stored and is still the monitor's newest."""
+    row = db.execute(
+        """
+        SELECT id, at, signal
+        FROM heartbeats
+        WHERE monitor_id = :monitor
+        ORDER BY id DESC
+        LIMIT 1
+        """,
+        {"monitor": received.watched.id},
+    ).fetchone()
+    stored = row and (row["at"], row["signal"]) == (received.at, received.ping.signal)
+    return row["id"] if stored else None
+
+
+def hear(db: sqlite3.Connection, successes: Iterable[tuple[Watched, int]]) -> None:
+    """Count the deadlines from successes received at those moments, where the state is up."""
+    db.executemany(
+        """
+        UPDATE monitors
+        SET received_at = :at, counts_from = :at, expected_at = :expected, deadline_at = :deadline
+        WHERE id = :id AND state = 'up'
+        """,
+        [
+            dict(zip(("expected", "deadline"), watched.monitor.expectation(at), strict=True))
+            | {"id": watched.id, "at": at}
+            for watched, at in successes
+        ],
+    )
+
+
+def note_received(db: sqlite3.Connection, one: Received) -> None:
+    """A success that changes nothing else, since its monitor is not watched."""
+    db.execute(
+        "UPDATE monitors SET received_at = :at WHERE id = :id",
+        {"at": one.at, "id": one.watched.id},
+    )
+
+
+def change_state(
+    db: sqlite3.Connection, watched: Watched, state: str, since: int, held: sqlite3.Row
+) -> bool:
+    """Compare and set: False where the monitor is not as `held` says any more."""
+    return db.execute(
+        """
+        UPDATE monitors
+        SET state = :state, since = :since, expected_at = NULL, deadline_at = NULL
+        WHERE id = :id AND state = :held AND deadline_at IS :deadline AND watching = 'yes'
+        """,
+        {"id": watched.id, "state": state, "since": since, "held": held["state"],
+         "deadline": held["deadline_at"]},
+    ).rowcount == 1
+
+
+def read_monitor(db: sqlite3.Connection, monitor_id: int) -> sqlite3.Row:
+    row: sqlite3.Row = db.execute(
+        "SELECT * FROM monitors WHERE id = :id", {"id": monitor_id}
+    ).fetchone()
+    return row
+
+
+def read_monitors(db: sqlite3.Connection) -> dict[str, sqlite3.Row]:
+    """Every monitor that the database knows, by key."""
+    return {row["key"]: row for row in db.execute("SELECT * FROM monitors")}
+
+
+def overdue(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
+    """The monitors whose deadline has passed, longest ago first."""
+    return db.execute(
+        """
+        SELECT *
+        FROM monitors
+        WHERE deadline_at < :now AND watching = 'yes'
+        ORDER BY deadline_at
+        LIMIT :limit
+        """,
+        {"now": now, "limit": BATCH},
+    ).fetchall()
+
+
+def next_due_at(db: sqlite3.Connection, now: int) -> int | None:
+    """When something is due next, after `now`: a deadline, a delivery, the end of a pause."""
+    due: int | None = db.execute(
+        """
+        SELECT MIN(at) FROM (
+            SELECT MIN(deadline_at) AS at FROM monitors
+            WHERE deadline_at > :now AND watching = 'yes'
+            UNION ALL
+            SELECT MIN(resumes_at) FROM monitors WHERE resumes_at > :now
+            UNION ALL
+            SELECT MIN(due_at) FROM deliveries WHERE state = 'pending' AND due_at > :now
+        )
+        """,
+        {"now": now},
+    ).fetchone()[0]
+    return due
+
+
+def add_event(
+    db: sqlite3.Connection,
+    watched: Watched,
+    type: str,
+    at: int,
+    held: sqlite3.Row,
+    reason: str | None = None,
+    down_ms: int | None = None,
+    heartbeat_id: int | None = None,
+) -> None:
+    """An event and a delivery for each of its monitor's channels; `held`: the row before it."""
+    event_id = db.execute(
+        """
+        INSERT INTO events (
+            monitor_id, type, at, reason, last_heartbeat_at, expected_at, down_ms, heartbeat_id
+        )
+        VALUES (:monitor, :type, :at, :reason, :last, :expected, :down_ms, :heartbeat)
+        """,
+        {"monitor": watched.id, "type": type, "at": at, "reason": reason,
+         "last": held["received_at"], "expected": held["expected_at"], "down_ms": down_ms,
+         "heartbeat": heartbeat_id},
+    ).lastrowid
+    db.executemany(
+        "INSERT INTO deliveries (event_id, channel, due_at) VALUES (:event, :channel, :due)",
+        [
+            {"event": event_id, "channel": channel, "due": at + DIGEST_WITHIN}
+            for channel in watched.monitor.notify
+        ],
+    )
+
+
+GIVE_UP_AFTER = 3 * DAY  # of trying to send an alert
+DIGEST_WITHIN = 3 * SECOND  # alerts to one channel that come so close together are one message
+
+
+def write_ballast(db: sqlite3.Connection, _: object) -> None:
+    """As much as the largest ping takes, to find out whether there is room for one again."""
+    db.execute("UPDATE clock SET ballast = randomblob(16384)")
+
+
+def write_alive(db: sqlite3.Connection, now: int) -> None:
+    if not db.execute("UPDATE clock SET alive_at = :now", {"now": now}).rowcount:
+        db.execute("INSERT INTO clock (alive_at) VALUES (:now)", {"now": now})
+
+
+def shift_deadlines(db: sqlite3.Connection, from_at: int, to_at: int, set_by: int) -> None:
+    """Give everything that runs back the time that Larm was away or that the clock was set by.
+
+    Larm was not watching between from_at and to_at; what was heard after from_at lost only the
+    rest of that. Then the clock was set by `set_by`, backwards where it is negative.
+    """
+    span = {"from": from_at, "to": to_at, "set_by": set_by, "sane": SANE}
+    heard = ":set_by + IIF(watching = 'yes', MAX(0, :to - MAX(:from, counts_from)), 0)"
+    paused = ":set_by + MAX(0, :to - MAX(:from, unwatched_at))"
+    db.execute(
+        f"""
+        UPDATE monitors
+        SET counts_from = counts_from + {heard}, expected_at = expected_at + {heard},
+            deadline_at = deadline_at + {heard}
+        WHERE deadline_at IS NOT NULL
+        """,
+        span,
+    )
+    db.execute(
+        f"""
+        UPDATE monitors
+        SET resumes_at = resumes_at + {paused}, unwatched_at = unwatched_at + :set_by
+        WHERE unwatched_at IS NOT NULL
+        """,
+        span,
+    )
+    db.execute(
+        """
+        UPDATE deliveries
+        SET due_at = due_at + :set_by, first_tried_at = first_tried_at + :set_by
+        WHERE state = 'pending'
+        """,
+        span,
+    )
+    if to_at < SANE <= to_at + set_by:  # what a clock that was not set had dated is dated anew
+        for table, column in (("heartbeats", "at"), ("events", "at"), ("monitors", "created_at"),
+                              ("monitors", "since"), ("monitors", "received_at")):
+            db.execute(
+                f"UPDATE {table} SET {column} = {column} + :set_by WHERE {column} < :sane", span
+            )
+    else:
+        db.execute("INSERT INTO gaps (from_at, to_at) VALUES (:from, :to + :set_by)", span)
+
+
+def due_resumptions(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
+    """The monitors whose timed pause is over."""
+    return db.execute(
+        """
+        SELECT *
+        FROM monitors
+        WHERE resumes_at <= :now AND watching = 'paused'
+        """,
+        {"now": now},
+    ).fetchall()
+
+
+Gap = sqlite3.Row | dict[str, Any]  # monitor_id, from_at, to_at
+
+
+def gaps_since(db: sqlite3.Connection, start: int) -> list[sqlite3.Row]:
+    """The gaps in Larm's attention and the monitors' pauses that end after a moment."""
+    return db.execute(
+        "SELECT * FROM gaps WHERE to_at > :start ORDER BY id", {"start": start}
+    ).fetchall()
+
+
+def channels_due(db: sqlite3.Connection, now: int) -> list[str]:
+    """The channels that have something to send by now."""
+    rows = db.execute(
+        """
+        SELECT DISTINCT channel
+        FROM deliveries
+        WHERE state = 'pending' AND due_at <= :now
+        """,
+        {"now": now},
+    )
+    return [row["channel"] for row in rows]
+
+
+def pending_alerts(db: sqlite3.Connection, channel: str) -> list[sqlite3.Row]:
+    """The channel's unsent deliveries with their events and monitors, in the events' order."""
+    return db.execute(
+        """
+        SELECT d.id, d.attempts, d.due_at, d.first_tried_at, e.type, e.at, e.reason,
+            e.last_heartbeat_at, e.expected_at, e.down_ms, m.key, m.name, h.body, h.exit_status
+        FROM deliveries d
+        JOIN events e ON e.id = d.event_id
+        JOIN monitors m ON m.id = e.monitor_id
+        LEFT JOIN heartbeats h ON h.id = e.heartbeat_id
+        WHERE d.channel = :channel AND d.state = 'pending'
+        ORDER BY e.id
+        LIMIT :limit
+        """,
+        {"channel": channel, "limit": BATCH},
+    ).fetchall()
+
+
+def note_attempt(
+    db: sqlite3.Connection,
+    deliveries: Iterable[int],
+    state: str,
+    now: int,
+    due_at: int,
+    error: str | None,
+) -> None:
+    """What became of an attempt to send these deliveries. pending: try again at due_at, unless it
+    has been tried for too long.
+    """
+    db.executemany(
+        """
+        UPDATE deliveries
+        SET state = IIF(:state = 'pending' AND first_tried_at < :too_long_ago, 'failed', :state),
+            attempts = attempts + 1, at = :now, due_at = :due, error = :error,
+            first_tried_at = COALESCE(first_tried_at, :now)
+        WHERE id = :id AND state = 'pending'
+        """,
+        [
+            {"id": id, "state": state, "now": now, "due": due_at, "error": error,
+             "too_long_ago": now - GIVE_UP_AFTER}
+            for id in deliveries
+        ],
+    )
+
+
+def state_changes(db: sqlite3.Connection, start: int) -> dict[int, list[sqlite3.Row]]:
+    """The events since a moment, and the last one before it, by monitor id, oldest first."""
+    changes: dict[int, list[sqlite3.Row]] = defaultdict(list)
+    rows = db.execute(
+        """
+        SELECT monitor_id, type, at
+        FROM events
+        WHERE at >= :start
+        OR id IN (SELECT MAX(id) FROM events WHERE at < :start GROUP BY monitor_id)
+        ORDER BY id
+        """,
+        {"start": start},
+    )
+    for row in rows:
+        changes[row["monitor_id"]].append(row)
+    return changes
+
+
+def prune(db: sqlite3.Connection, after: int, count: int, before: int) -> int:
+    """Delete a little of what may go: gaps, and events but for those of monitors that are still
+    down, that are older than `before`; and, of the `count` monitors whose ids follow `after`, the
+    removed ones too, heartbeats that are older or not among the newest, but for those of an event.
+    Returns the last of these monitors' ids, 0 after them all.
+    """
+    monitors = db.execute(
+        "SELECT id FROM monitors WHERE id > :after ORDER BY id LIMIT :count",
+        {"after": after, "count": count},
+    ).fetchall()
+    limits = {"before": before, "kept": NEWEST_KEPT, "limit": BATCH}
+    db.executemany(
+        """
+        DELETE FROM heartbeats
+        WHERE id IN (
+            SELECT id
+            FROM heartbeats h
+            WHERE monitor_id = :monitor
+            AND (
+                at < :before
+                OR id <= (
+                    SELECT id
+                    FROM heartbeats
+                    WHERE monitor_id = :monitor
+                    ORDER BY id DESC
+                    LIMIT 1 OFFSET :kept
+                )
+            )
+            AND NOT EXISTS (SELECT 1 FROM events WHERE heartbeat_id = h.id)
+            ORDER BY id
+            LIMIT :limit
+        )
+        """,
+        [limits | {"monitor": row["id"]} for row in monitors],
+    )
+    db.execute(
+        """
+        DELETE FROM events
+        WHERE id IN (
+            SELECT id
+            FROM events e
+            WHERE at < :before
+            AND NOT EXISTS (
+                SELECT 1 FROM monitors WHERE id = e.monitor_id AND state = 'down' AND since = e.at
+            )
+            AND NOT EXISTS (SELECT 1 FROM deliveries WHERE event_id = e.id AND state = 'pending')
+            LIMIT :limit
+        )
+        """,
+        limits,
+    )
+    db.execute("DELETE FROM gaps WHERE to_at < :before", limits)
+    return monitors[-1]["id"] if monitors else 0
+
+
+# ======================================================================================
+# Intake: decides what a ping means. Knows nothing of HTTP.
+# ======================================================================================
+
+BODY_KEPT = 10_000  # bytes of a ping's body, its last ones
+_EXIT_STATUS = re.compile(r"0|[1-9][0-9]{0,2}")
+
+
+def read_signal(action: str) -> tuple[str, int | None] | None:
+    """(signal, exit status) of what stands behind the token in a ping's URL; None: no meaning."""
+    if action == "":
+        return "success", None
+    if action in ("start", "fail", "log"):
+        return action, None
+    if _EXIT_STATUS.fullmatch(action) and int(action) <= 255:
+        return ("fail" if int(action) else "success"), int(action)
+    return None
+
+
+def go_down(
+    db: sqlite3.Connection,
+    watched: Watched,
+    held: sqlite3.Row,
+    at: int,
+    reason: str,
+    heartbeat_id: int | None = None,
+) -> None:
+    """State, event and deliveries, if the monitor still is as `held` says (law 4)."""
+    if change_state(db, watched, "down", at, held):
+        add_event(db, watched, "down", at, held, reason=reason, heartbeat_id=heartbeat_id)
+
+
+class Intake:
+    """Takes pings: drops what is throttled, has the rest recorded, and knows what it heard last.
+
+    A throttled ping is dropped without touching the database; that it came is remembered here, and
+    written with the watcher's next tick. `lock` makes one step of reading the clock, deciding on
+    the throttle and queueing the write, so that pings are recorded in the order of their times.
+    """
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self.lock = threading.Lock()
+        self._store = store
+        self._clock = clock
+        self._by_token: Mapping[str, Watched] = {}
+        self._by_id: Mapping[int, Watched] = {}
+        self._recent: dict[tuple[int, str], tuple[int, Write[None]]] = {}
+        self._heard: dict[int, int] = {}  # monitor id -> when the last success was received
+        self._unwritten: set[int] = set()  # the monitors whose last success was throttled
+
+    def use(self, watched: Iterable[Watched]) -> None:
+        """Take over a configuration's monitors; part of the operation that adopts them."""
+        self._by_id = {one.id: one for one in watched}
+        made_last = sorted(self._by_id.values(), key=lambda one: one.monitor.token is None)
+        self._by_token = {one.token: one for one in made_last}  # nobody takes a token Larm made
+
+    def receive(self, token: str, action: str, ping: Callable[[str, int | None], Ping]) -> None:
+        """Return once the ping is on disk, or at once where there is nothing to record.
+
+        `ping` makes a Ping of (signal, exit status). Raises Unrecordable, whatever the token.
+        """
+        if self._store.failure:
+            raise Unrecordable(self._store.failure)
+        watched = self._by_token.get(token)
+        meaning = read_signal(action)
+        if watched is None or meaning is None:
+            return
+        write = self._accept(watched, ping(*meaning))
+        try:
+            write.result()
+        except Exception:
+            self._recent.pop((watched.id, meaning[0]), None)
+            raise
+
+    def _accept(self, watched: Watched, ping: Ping) -> Write[None]:
+        """The write that this ping's answer waits for: its own, or what it was throttled by."""
+        key = watched.id, ping.signal
+        with self.lock:
+            at = self._clock.now()
+            if ping.signal == "success":
+                self._heard[watched.id] = at
+            if key in self._recent:
+                stored_at, write = self._recent[key]
+                if 0 <= at - stored_at < watched.monitor.window:
+                    if ping.signal == "success":
+                        self._unwritten.add(watched.id)
+                    return write
+            write = self._store.gather(self._record, Received(watched, ping, at))
+            self._recent[key] = at, write
+            opposite = {"success": "fail", "fail": "success"}.get(ping.signal, "")
+            self._recent.pop((watched.id, opposite), None)  # the next one changes the state
+            return write
+
+    def _record(self, db: sqlite3.Connection, received: list[Received]) -> None:
+        """The operation: the heartbeats, and what they do to their monitors' states."""
+        for successes, run in itertools.groupby(received, lambda one: one.ping.signal == "success"):
+            batch = [self._current(one) for one in run]
+            if successes and take_pings(db, batch):
+                continue
+            for one in batch:
+                if not successes:
+                    take_pings(db, [one])
+                self._change_state(db, one)
+
+    def _change_state(self, db: sqlite3.Connection, one: Received) -> None:
+        """What a ping that was stored a moment ago, if it was, does to a monitor's state."""
+        held = read_monitor(db, one.watched.id)
+        state = {"success": "up", "fail": "down"}.get(one.ping.signal)
+        heartbeat_id = heartbeat_of(db, one)
+        if held["watching"] != "yes":
+            with self.lock:  # it must not throttle the first ping after the pause
+                self._recent.pop((one.watched.id, one.ping.signal), None)
+            if state == "up":
+                note_received(db, one)
+        elif heartbeat_id is None or state in (None, held["state"]):
+            return
+        elif state == "down":
+            go_down(db, one.watched, held, one.at, "failed", heartbeat_id)
+        elif change_state(db, one.watched, "up", one.at, held):
+            hear(db, [(one.watched, one.at)])
+            if held["state"] == "down":
+                down_ms = max(0, one.at - held["since"])
+                add_event(db, one.watched, "up", one.at, held, None, down_ms, heartbeat_id)
+
+    def _current(self, one: Received) -> Received:
+        """The same with its monitor as it is configured by now."""
+        watched = self._by_id.get(one.watched.id, one.watched)
+        return one if watched is one.watched else dataclasses.replace(one, watched=watched)
+
+    def heard_since(self, monitor_id: int, counts_from: int) -> int | None:
+        """When a success was received that moves the deadline on; None: silence.
+
+        After silence the next ping goes to the database, since it changes the state.
+        """
+        with self.lock:
+            heard_at = self._heard.get(monitor_id)
+            if heard_at is not None and heard_at > counts_from:
+                return heard_at
+            self._recent.pop((monitor_id, "success"), None)
+            return None
+
+    def take_unwritten(self) -> list[tuple[Watched, int]]:
+        """The throttled successes that the database does not know of yet. Needs the lock."""
+        unwritten = [
+            (self._by_id[id], self._heard[id]) for id in self._unwritten if id in self._by_id
+        ]
+        self._unwritten.clear()
+        return unwritten
+
+    def heard(self) -> list[tuple[Watched, int]]:
+        """The last success of each monitor since the clock was set."""
+        with self.lock:
+            return [(self._by_id[id], at) for id, at in self._heard.items() if id in self._by_id]
+
+    def forget_times(self) -> None:
+        """What was heard before the clock was set says nothing after it. Needs the lock."""
+        self._heard.clear()
+
+
+# ======================================================================================
+# Watcher: decides what silence means.
+# ======================================================================================
+
+TICK = 1 * SECOND  # the longest sleep between two ticks
+STALL = 2 * SECOND  # a tick so late judges nothing: pings may be waiting to be taken
+GAP = 10 * SECOND  # a tick so late means that Larm was stopped
+CLOCK_SET = 5 * SECOND  # a wall clock that moved so far against the monotonic one was set
+PRUNED_A_TICK = 10  # monitors
+TRUST_AFTER = 1 * HOUR  # from the start, or after the clock was set, until its date prunes history
+
+
+class Watcher:
+    """One thread that finds missed deadlines and the gaps in its own attention."""
+
+    def __init__(self, store: Store, clock: Clock, intake: Intake) -> None:
+        self.ticked = clock.monotonic()  # the last tick
+        self._store = store
+        self._clock = clock
+        self._intake = intake
+        self._by_id: Mapping[int, Watched] = {}
+        self._keep = 0
+        self._owed: list[Callable[[sqlite3.Connection], None]] = []  # what is not on disk yet
+        self._paying: tuple[Write[None], int] | None = None  # how many of these are being written
+        self._unable = 0  # for how long nothing could be written, while that is so
+        self.is_backlogged: Callable[[], bool] = lambda: False  # whether pings wait to be taken
+        self._hesitated = 0  # times in a row that nothing was judged for being late
+        self._alive_written = clock.monotonic()
+        self._pruned = 0  # the id of the monitor that was pruned last
+        self._trusted_from = clock.monotonic() + TRUST_AFTER
+
+    def use(self, watched: Iterable[Watched], keep: int) -> None:
+        """Take over a configuration's monitors, and how long history is kept."""
+        self._by_id = {monitor.id: monitor for monitor in watched}
+        self._keep = keep
+
+    def begin(self) -> None:
+        """Account for the time since Larm was last alive; raises Unrecordable.
+
+        Every running deadline keeps the time that it had left (law 5).
+        """
+        now = self._clock.now()
+        last = self._store.last_alive_at()
+
+        def account(db: sqlite3.Connection) -> None:
+            if last is not None and last != now:
+                to_at = max(last, now)  # a clock that is behind was set back, after who knows what
+                shift_deadlines(db, last, to_at, now - to_at)
+            write_alive(db, now)
+
+        self._store.write(account)
+        self._store.mark_tick(now)
+        self.ticked = self._clock.monotonic()
+
+    def tick(self, planned: int) -> int:
+        """One round; returns the milliseconds to sleep until the next. May raise Unrecordable.
+
+        `planned`: the milliseconds that were meant to pass since the last one.
+
+        1. Where Larm did not watch or the clock was set, shift what is running.
+        2. Write what only memory knows: throttled pings, and that Larm is alive.
+        3. Unless the clock was never set, resume what was paused until now, and, unless this tick
+           is late, call down what has missed its deadline.
+        4. With nothing else to do, prune a little.
+        5. Sleep until the next deadline or delivery is due, one second at most.
+        """
+        monotonic = self._clock.monotonic()
+        late = monotonic - self.ticked - planned + self._unable
+        self._unable = late + planned if self._store.failure else 0
+        self.ticked = monotonic
+        if self._store.failure:  # no ping can be taken either: as good as not watching
+            raise Unrecordable(self._store.failure)
+        self._account_for_gap(late)
+        self._write_alive()
+        now = self._clock.now()
+        if now >= SANE:
+            with self._store.reading() as db:
+                due, ended = overdue(db, now), due_resumptions(db, now)
+            if any(row["id"] in self._by_id for row in ended):
+                self._store.write(lambda db: self._resume(db, now))
+            if not due:
+                self._hesitated = 0
+                self._prune(now)
+            elif self._is_punctual(late):
+                self._store.write(lambda db: self._call_down(db, due))
+            if len(due) == BATCH:  # there are more
+                return 10
+        return self._until_next(now)
+
+    def _is_punctual(self, late: int = 0) -> bool:
+        """Whether a judgement is fair: where this tick or the disk was slow, or the server has not
+        got round to all requests, pings may be waiting to be taken. On a machine that is always
+        slow it is put off twice and no more.
+        """
+        slow = late >= STALL or self._clock.monotonic() - self.ticked >= STALL
+        if not slow and not self.is_backlogged():
+            self._hesitated = 0
+        elif self._hesitated < 2:
+            self._hesitated += 1
+            return False
+        return True
+
+    def _account_for_gap(self, late: int) -> None:
+        drift = self._clock.drift()
+        away = late if late > GAP else 0
+        set_by = drift if abs(drift) > CLOCK_SET else 0
+        with self._intake.lock:  # no ping may be dated on one side and queued on the other
+            to_at = self._clock.now()
+            self._clock.resync()
+            if away or set_by:
+                heard = self._intake.take_unwritten()
+                if set_by:
+                    self._intake.forget_times()
+                    self._trusted_from = self.ticked + TRUST_AFTER
+                if set_by < 0:  # a tick of the old time must not look newer than alive_at
+                    self._store.mark_tick(to_at + set_by)
+
+                def shift(db: sqlite3.Connection) -> None:
+                    hear(db, heard)
+                    shift_deadlines(db, to_at - away, to_at, set_by)
+                    if set_by:  # where this is written late, pings of the new time came before it
+                        hear(db, self._intake.heard())
+                    write_alive(db, to_at + set_by)  # a crash now must not count it again
+
+                self._owed.append(shift)
+                self._pay(wait=False)
+        if away:
+            log.warning("Larm was stopped for %s; deadlines moved", format_duration(away))
+        if set_by:
+            way = f"{'forward' if set_by > 0 else 'back'} by {format_duration(abs(set_by))}"
+            log.warning("the clock was set %s; deadlines moved with it", way)
+        self._pay()
+
+    def _write_alive(self) -> None:
+        now = self._clock.now()
+        with self._intake.lock:
+            heard = self._intake.take_unwritten()
+        if heard or self.ticked - self._alive_written >= ALIVE_EVERY:
+
+            def write(db: sqlite3.Connection) -> None:
+                hear(db, heard)
+                write_alive(db, now)
+
+            self._owed.append(write)
+            self._pay()
+            self._alive_written = self.ticked
+        self._store.mark_tick(now)
+
+    def _pay(self, wait: bool = True) -> None:
+        """Write what is owed, each once, however often the disk fails; may raise Unrecordable."""
+        while self._owed:
+            if self._paying is None:
+                owed = tuple(self._owed)
+
+                def write_all(db: sqlite3.Connection, owed: Any = owed) -> None:
+                    for operation in owed:
+                        operation(db)
+
+                try:
+                    self._paying = self._store.submit(write_all), len(owed)
+                except Unrecordable:
+                    if wait:
+                        raise
+            if not wait or self._paying is None:
+                return
+            write, count = self._paying
+            try:
+                write.result()
+            except Unanswered:
+                raise
+            except Exception:
+                self._paying = None
+                raise
+            self._paying = None
+            del self._owed[:count]
+
+    def _call_down(self, db: sqlite3.Connection, due: list[sqlite3.Row]) -> None:
+        """The operation: one down event for each deadline that was missed, dated at it."""
+        if not self._is_punctual():
+            return
+        for held in due:
+            watched = self._by_id.get(held["id"])
+            if watched is None:
+                continue
+            heard_at = self._intake.heard_since(watched.id, held["counts_from"])
+            if heard_at is None:
+                go_down(db, watched, held, held["deadline_at"], "missed")
+            else:
+                hear(db, [(watched, heard_at)])
+
+    def _resume(self, db: sqlite3.Connection, now: int) -> None:
+        """The operation: the end of timed pauses."""
+        for row in due_resumptions(db, now):
+            if watched := self._by_id.get(row["id"]):
+                watch_again(db, watched.monitor, row, max(row["resumes_at"], now - TICK))
+
+    def _prune(self, now: int) -> None:
+        before = now - self._keep if self.ticked >= self._trusted_from else 0
+        after = self._pruned
+        self._pruned = self._store.write(lambda db: prune(db, after, PRUNED_A_TICK, before))
+
+    def _until_next(self, now: int) -> int:
+        with self._store.reading() as db:
+            due_at = next_due_at(db, now)
+        return TICK if due_at is None else min(TICK, max(due_at + 1 - now, 10))
+
+    def end(self) -> None:
+        """Write what only memory knows, at a clean stop."""
+        self._alive_written -= ALIVE_EVERY
+        with contextlib.suppress(Unrecordable):
+            self._pay()
+            self._write_alive()
+
+    def is_stalled(self) -> bool:
+        return self._clock.monotonic() - self.ticked > GAP
+
+
+def shown_state(row: sqlite3.Row | None, monitor: Monitor, now: int) -> str:
+    """The state as users see it; `row`: the monitor's in the database, if it is known there."""
+    if not monitor.enabled or (row is not None and row["watching"] == "paused"):
+        return "paused"
+    if row is None:
+        return "pending"
+    if row["state"] == "up" and row["expected_at"] < now:
+        return "late"
+    return str(row["state"])
+
+
+def uptime(
+    changes: Sequence[sqlite3.Row],
+    gaps: Sequence[Gap],
+    created_at: int,
+    span: int,
+    now: int,
+) -> float | None:
+    """Percent of the last `span` milliseconds, but for gaps and pauses, not spent down.
+
+    None: the monitor is younger, or was not watched at all. `changes`: its events, oldest first,
+    as state_changes() gives them; `gaps`: Larm's and its own.
+    """
+    start = now - span
+    if created_at > start:
+        return None
+    unwatched = [(gap["from_at"], gap["to_at"]) for gap in gaps]
+    ends = [(gap["to_at"], "up") for gap in gaps if gap["monitor_id"] is not None]
+    down: list[tuple[int, int]] = []
+    went_down: int | None = None
+    for at, type in sorted([*ends, *((change["at"], change["type"]) for change in changes)]):
+        if type == "down":
+            went_down = at if went_down is None else went_down
+        elif went_down is not None:
+            down.append((went_down, at))
+            went_down = None
+    if went_down is not None:
+        down.append((went_down, now))
+    gone = _covered(unwatched, start, now)
+    if gone >= span:
+        return None
+    return round(100 * (1 - (_covered(unwatched + down, start, now) - gone) / (span - gone)), 2)
+
+
+def _covered(spans: Iterable[tuple[int, int]], start: int, end: int) -> int:
+    """How much of the time from start to end the spans cover together."""
+    covered, reached = 0, start
+    for begin, finish in sorted(spans):
+        begin, finish = max(begin, reached), min(finish, end)
+        if finish > begin:
+            covered += finish - begin
+            reached = finish
+    return covered
+
+
+# ======================================================================================
+# Notifier: turns events into deliveries. The only room that imports apprise.
+# ======================================================================================
+
+PAUSES = (10 * SECOND, 30 * SECOND, MINUTE, 5 * MINUTE, 15 * MINUTE, HOUR)
+LATE = 10 * MINUTE  # a message delivered so long after its event says so
+LISTED = 20  # alerts that one message describes; of the others it gives the number
+OUTPUT_LINES, OUTPUT_WIDTH = 10, 300  # of the job's output, its last lines
+NAME_SHOWN, NOTE_SHOWN = 200, 1_000  # characters
+
+
+class _Captured(logging.Handler):
+    """Holds what Apprise logs while a thread of ours sends, for the error that we report."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: dict[int, list[str]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lines = self.lines.get(record.thread or 0)
+        if lines is not None:
+            lines.append(record.getMessage())
+
+
+_captured = _Captured()
+
+
+def _apprise() -> Any:
+    """The module, its log turned away from ours: it may hold secrets (law 9)."""
+    import apprise
+
+    logger = logging.getLogger("apprise")
+    if _captured not in logger.handlers:
+        logger.addHandler(_captured)
+        logger.propagate = False
+    return apprise
+
+
+def accepts(url: str) -> str | None:
+    """What is wrong with a channel's URL, in words that don't show it; None: nothing."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
+    if not scheme:
+        return "is not an Apprise URL: it must begin with a service, such as ntfy://"
+    apprise = _apprise()
+    try:
+        accepted = apprise.Apprise().add(url)
+    except Exception:  # its text may hold the URL
+        accepted = False
+    if not accepted:
+        known = any(
+            scheme[1].lower() in service.get(names, ())
+            for service in apprise.Apprise().details()["schemas"]
+            for names in ("protocols", "secure_protocols")
+            if service.get(names)
+        )
+        if known:
+            return f"Apprise does not accept this {scheme[1]}:// URL; check its parts"
+        return f"Apprise knows no service {scheme[1]}://"
+    return None
+
+
+def mask(text: str, urls: Iterable[str]) -> str:
+    """`text` on one line and without what is secret in the URLs."""
+    for url in urls:
+        rest = url.partition("://")[2]
+        host = re.split(r"[/?#]", rest)[0].rpartition("@")[2].partition(":")[0]
+        parts = set(re.split(r"[/@:?&=#,;+]+", rest))
+        parts |= {unquote(part) for part in parts}
+        if "." in host or host == "localhost":
+            parts.discard(host)
+        for part in sorted((part for part in parts if len(part) >= 4), key=len, reverse=True):
+            text = text.replace(part, "***")
+    text = re.sub(r"\b([a-z][a-z0-9+.-]*)://\S+", r"\1://***", text, flags=re.IGNORECASE)
+    return " ".join(text.split())[:300]
+
+
+def send(urls: Sequence[str], title: str, body: str, kind: str) -> str | None:
+    """Send one message through a channel; None once Apprise says it was accepted, else why not.
+
+    `kind` is one of Apprise's types: failure, success, warning, info.
+    """
+    lines = _captured.lines[threading.get_ident()] = []
+    try:
+        apprise = _apprise()
+        asset = apprise.AppriseAsset(async_mode=False, app_id="Larm", app_desc="Larm")
+        sender = apprise.Apprise(asset=asset)
+        services = [apprise.Apprise.instantiate(url, asset=asset) for url in urls]
+        if not all(services):
+            lines.append("Apprise does not accept the channel's URL")
+        else:
+            for url, service in zip(urls, services, strict=True):
+                if "overflow=" not in url:  # what is too long for a service comes in parts
+                    service.overflow_mode = apprise.OverflowMode.SPLIT
+                sender.add(service)
+            result = sender.notify(body=body, title=title, notify_type=kind, body_format="text")
+            if result:  # a bool, or None for nothing sent; since Apprise 2 an object like a bool
+                return None
+            lines += [entry.message for entry in result.logs()] if hasattr(result, "logs") else []
+    except Exception as error:  # a plugin of Apprise's may raise anything
+        lines.append(f"{type(error).__name__}: {error}")
+    finally:
+        del _captured.lines[threading.get_ident()]
+    return mask("; ".join(dict.fromkeys(lines)) or "the service did not accept it", urls)
+
+
+def ripe(alerts: Sequence[sqlite3.Row], now: int) -> Sequence[sqlite3.Row]:
+    """Those of a channel's unsent alerts that are one message now; none before one is due.
+
+    That is every one of them where some could not be sent before, so that their order is kept;
+    else the first and what came within 3 s of it.
+    """
+    first_due_at = min((alert["due_at"] for alert in alerts), default=now + 1)
+    if first_due_at > now:
+        return []
+    if any(alert["attempts"] for alert in alerts):
+        return alerts
+    return [alert for alert in alerts if alert["due_at"] < first_due_at + DIGEST_WITHIN]
+
+
+@dataclass(frozen=True)
+class Message:
+    title: str
+    body: str
+    kind: str
+
+
+def compose(
+    alerts: Sequence[sqlite3.Row], gaps: Sequence[sqlite3.Row], config: Config, now: int
+) -> Message:
+    """One message of a channel's unsent alerts (as pending_alerts() gives them), at least one."""
+    latest = {alert["key"]: alert for alert in alerts}
+    names: dict[str, list[str]] = {"down": [], "up": []}
+    for alert in latest.values():
+        names[alert["type"]].append(alert["name"][:NAME_SHOWN])
+    title = ", ".join(
+        f"{type.upper()}: {found[0] if len(found) == 1 else counted(len(found), 'monitor')}"
+        for type, found in names.items()
+        if found
+    )
+    texts = [_describe(alert, gaps, config, now) for alert in alerts[:LISTED]]
+    if len(alerts) > LISTED:
+        texts.append(f"And {len(alerts) - LISTED} more: {config.url}/")
+    kind = "failure" if names["down"] else "success"
+    return Message(" ".join(title.split()), "\n\n".join(texts), kind)
+
+
+def _describe(
+    alert: sqlite3.Row, gaps: Sequence[sqlite3.Row], config: Config, now: int
+) -> str:
+    """What happened and when, what was expected, what the job said, and where to look."""
+
+    def moment(at: int) -> str:
+        return iso_local(at, config.timezone)
+
+    monitor = config.monitors.get(alert["key"])
+    name, at, last = alert["name"][:NAME_SHOWN], alert["at"], alert["last_heartbeat_at"]
+    when = f"{moment(at)}, {far_from(at, now)}"
+    lines = []
+    if alert["type"] == "up":
+        lasted = format_duration(alert["down_ms"])
+        lines.append(f"{name} is up again, after {lasted} down ({when}).")
+    elif alert["reason"] == "failed":
+        status = alert["exit_status"]
+        said = "the job reported a failure" if status is None else f"exit status {status}"
+        lines.append(f"{name} is down: {said} ({when}).")
+    else:
+        lines.append(f"{name} is down: no heartbeat by {when}.")
+    if alert["type"] == "down" and last is not None and at - last >= SECOND:
+        lines.append(f"Last heartbeat: {moment(last)}, {format_duration(at - last)} before.")
+    if alert["reason"] == "missed" and monitor:
+        lines.append(f"Expected: {describe_rhythm(monitor)}.")
+    if alert["reason"] == "missed" and last is not None:
+        lines += [
+            f"{describe_gap(gap, config.timezone)}, when this heartbeat may have come."
+            for gap in gaps
+            if last < gap["to_at"] and gap["from_at"] < at and is_long(gap)
+        ]
+    if now - at > LATE:
+        lines.append("This alert is late: it could not be delivered before.")
+    if output := (alert["body"] or "").strip():
+        lines += ["Output:", *(line[:OUTPUT_WIDTH] for line in output.splitlines()[-OUTPUT_LINES:])]
+    if monitor and monitor.note:
+        lines.append(monitor.note[:NOTE_SHOWN])
+    lines.append(f"{config.url}/monitor/{alert['key']}")
+    return "\n".join(lines)
+
+
+def is_long(gap: sqlite3.Row) -> bool:
+    """Whether a gap in Larm's attention is worth a word: a restart within seconds is not."""
+    return gap["monitor_id"] is None and bool(gap["to_at"] - gap["from_at"] > GAP)
+
+
+def describe_gap(gap: sqlite3.Row, zone: tzinfo) -> str:
+    from_at, to_at = (iso_local(gap[column], zone) for column in ("from_at", "to_at"))
+    return f"Larm itself was not running from {from_at} to {to_at}"
+
+
+def upcoming(monitor: Monitor, zone: tzinfo, now: int) -> list[str]:
+    """A schedule's next three occurrences, for people."""
+    moments = monitor.schedule.next_after(now, 3) if monitor.schedule else []
+    return [iso_local(moment, zone) for moment in moments]
+
+
+def describe_rhythm(monitor: Monitor) -> str:
+    """When a job is due, for people: "every 1 d, with 30 min grace"."""
+    if monitor.schedule:
+        due = f"{monitor.schedule.in_words} ({monitor.schedule.zone_name or 'local time'})"
+    else:
+        due = f"every {format_duration(monitor.interval)}"
+    return f"{due}, with {format_duration(monitor.grace) if monitor.grace else 'no'} grace"
+
+
+class Notifier:
+    """The outbox: sends what is pending, in a thread for each channel that has something to send.
+
+    A delivery is sent at least once: it stays pending until its channel has accepted it and that
+    is on disk (law 6). Its pauses grow for 3 days, then it has failed.
+    """
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._config: Config | None = None
+        self._senders: dict[str, threading.Thread] = {}
+        self._stopping = threading.Event()
+
+    def use(self, config: Config) -> None:
+        self._config = config
+
+    def deliver_due(self) -> None:
+        """Start a sender for each channel that has something due and none yet."""
+        now = self._clock.now()
+        if now < SANE:
+            return
+        with self._store.reading() as db:
+            due = channels_due(db, now)
+        self._senders = {name: thread for name, thread in self._senders.items()
+                         if thread.is_alive()}
+        for channel in due:
+            if channel not in self._senders and not self._stopping.is_set():
+                thread = threading.Thread(
+                    target=self._send_pending, args=(channel,), name=f"to {channel}", daemon=True
+                )
+                self._senders[channel] = thread
+                thread.start()
+
+    def _send_pending(self, channel: str) -> None:
+        try:
+            while not self._stopping.is_set() and self.attempt(channel):
+                pass
+        except Exception as error:  # deliveries stay pending, and are tried again with a tick
+            log.error("%s: %s: %s", channel, type(error).__name__, mask(str(error), ()))
+            self._stopping.wait(10)
+
+    def attempt(self, channel: str) -> bool:
+        """Send what the channel has pending as one message; True if there may be more by now."""
+        config = self._config
+        now = self._clock.now()
+        with self._store.reading() as db:
+            alerts = ripe(pending_alerts(db, channel), now)
+            if config is None or not alerts:
+                return False
+            heard = [alert["last_heartbeat_at"] or alert["at"] for alert in alerts]
+            gaps = gaps_since(db, min(heard))
+        urls = config.channels.get(channel)
+        if urls is None:
+            self._note(alerts, "failed", "the channel is not in the configuration any more", 0)
+            return True
+        message = compose(alerts, gaps, config, now)
+        error = send(urls, message.title, message.body, message.kind)
+        if error is None:
+            self._note(alerts, "sent", None, 0)
+            log.info("%s: sent %s", channel, message.title)
+            return True
+        self._retry(channel, alerts, error)
+        return False
+
+    def _retry(self, channel: str, alerts: Sequence[sqlite3.Row], error: str) -> None:
+        attempts = max(alert["attempts"] for alert in alerts)
+        pause = round(PAUSES[min(attempts, len(PAUSES) - 1)] * random.uniform(1, 1.1))
+        self._note(alerts, "pending", error, pause)
+        log.warning("%s: not sent: %s; next try in %s", channel, error, format_duration(pause))
+
+    def _note(
+        self, alerts: Iterable[sqlite3.Row], state: str, error: str | None, pause: int
+    ) -> None:
+        """Keep at it until it is on disk: what was sent must not be sent again for a full disk."""
+        ids = [alert["id"] for alert in alerts]
+
+        def note(db: sqlite3.Connection) -> None:
+            now = self._clock.now()
+            note_attempt(db, ids, state, now, now + pause, error)
+
+        while True:
+            with contextlib.suppress(Unrecordable):
+                return self._store.write(note)
+            if self._stopping.wait(1):
+                return None
+
+    def stop(self, seconds: float) -> None:
+        """Let what is under way end within so many seconds; the rest is tried at the next start."""
+        self._stopping.set()
+        end = time.monotonic() + seconds
+        for thread in self._senders.values():
+            thread.join(max(0.0, end - time.monotonic()))
+
+
+# ======================================================================================
+# Web: translates HTTP to calls. Holds no state but who guessed a wrong password.
+# ======================================================================================
+
+HEARTBEATS = "/api/heartbeat/"
+THREADS = 32  # Waitress's; as many as there are clients makes the commits large
+CONNECTIONS = 500  # well below the 1,024 files that select() can watch
+BODY_LIMIT = 10_000_000  # bytes of a request, its chunks' frames too; more gets 413 from Waitress
+RETRY_AFTER = 5  # seconds
+GUESSES = 10  # wrong passwords a minute from one address
+_OK = b'{"status": "ok"}'
+_UNAVAILABLE = b'{"status": "unavailable"}'
+_FORWARDED = re.compile(
+    "HTTP_(FORWARDED|VIA|X_FORWARDED_.*|X_REAL_IP|(X|TRUE)_CLIENT_IP|CF_CONNECTING_IP)"
+)
+CHALLENGE = 'Basic realm="Larm", charset="UTF-8"'
+ERROR_TYPES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
+               429: "rate_limited", 500: "unavailable", 503: "unavailable"}
+
+Environ = dict[str, Any]
+StartResponse = Callable[[str, list[tuple[str, str]]], object]
+
+
+def describe_monitor(
+    row: sqlite3.Row | None,
+    monitor: Monitor,
+    config: Config,
+    changes: Sequence[sqlite3.Row],
+    gaps: Sequence[Gap],
+    now: int,
+) -> dict[str, Any]:
+    """A monitor as interface.md's JSON has it; `row`: None where the database knows none yet."""
+
+    def moment(column: str) -> str | None:
+        return iso_utc(row[column]) if row is not None and row[column] is not None else None
+
+    spans = {"24h": DAY, "7d": 7 * DAY, "30d": 30 * DAY, "90d": 90 * DAY}
+    token = monitor.token or (row["made_token"] if row is not None else None)
+    created_at = row["created_at"] if row is not None else now
+    if row is not None and row["unwatched_at"] is not None:
+        gaps = [*gaps, {"monitor_id": row["id"], "from_at": row["unwatched_at"], "to_at": now}]
+    state = shown_state(row, monitor, now)
+    since = {"paused": "unwatched_at", "late": "expected_at"}.get(state, "since")
+    return {
+        "id": monitor.key,
+        "name": monitor.name,
+        "check_type": "heartbeat",
+        "enabled": monitor.enabled,
+        "state": state,
+        "since": moment(since),
+        "running": False,
+        "interval_seconds": _seconds(monitor.interval),
+        "schedule": monitor.schedule.expression if monitor.schedule else None,
+        "timezone": monitor.schedule.zone_name if monitor.schedule else None,
+        "grace_seconds": _seconds(monitor.grace),
+        "last_heartbeat_at": moment("received_at"),
+        "last_duration_ms": None,
+        "expected_at": None if state == "paused" else moment("expected_at"),
+        "deadline_at": None if state == "paused" else moment("deadline_at"),
+        "uptime": {
+            name: uptime(changes, gaps, created_at, span, now) for name, span in spans.items()
+        },
+        "channels": list(monitor.notify),
+        "note": monitor.note,
+        "ping_url": config.ping_url(token) if token else None,
+    }
+
+
+def _seconds(ms: int) -> int | float:
+    return ms // SECOND if ms % SECOND == 0 else ms / SECOND
+
+
+def describe_monitors(
+    db: sqlite3.Connection | None, config: Config, now: int, keys: Iterable[str] | None = None
+) -> list[dict[str, Any]]:
+    """The configuration's monitors, in its order, or the named ones; `db`: None before the first
+    start.
+    """
+    rows = read_monitors(db) if db else {}
+    changes = state_changes(db, now - 90 * DAY) if db else {}
+    gaps: dict[int | None, list[sqlite3.Row]] = defaultdict(list)
+    for gap in gaps_since(db, now - 90 * DAY) if db else ():
+        gaps[gap["monitor_id"]].append(gap)
+    described = []
+    for key in config.monitors if keys is None else keys:
+        row = rows.get(key)
+        id = row["id"] if row is not None else 0
+        own = changes.get(id, [])
+        described.append(
+            describe_monitor(row, config.monitors[key], config, own, gaps[None] + gaps[id], now)
+        )
+    return described
+
+
+class Access:
+    """Who is a viewer (interface.md, "The rest of HTTP")."""
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        self._password = config.password
+        self._own_host = urlsplit(config.url).hostname
+        self._own_netloc = urlsplit(config.url).netloc
+        self._clock = clock
+        self._guesses: dict[str, deque[int]] = {}
+        self._lock = threading.Lock()
+
+    def refusal(self, environ: Environ) -> int | None:
+        """None for a viewer; for everyone else the HTTP status: 401, 403 or 429."""
+        if self._password is None:
+            return None if self._is_local(environ) else 403
+        given = self._given_password(environ)
+        if given is None:
+            return 401
+        address = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip()
+        if not address or not _is_loopback(environ["REMOTE_ADDR"]):
+            address = environ["REMOTE_ADDR"]
+        right = hmac.compare_digest(given, self._password.encode())
+        return self._judge_guess(address, right)
+
+    def _judge_guess(self, address: str, right: bool) -> int | None:
+        now = self._clock.monotonic()
+        with self._lock:
+            wrong = self._guesses.get(address, deque())
+            while wrong and now - wrong[0] > MINUTE:
+                wrong.popleft()
+            if len(wrong) >= GUESSES:
+                return 429
+            if right:
+                return None
+            wrong.append(now)
+            self._guesses.pop(address, None)
+            self._guesses[address] = wrong  # the newest address stands last
+            if len(self._guesses) > 1_000:
+                del self._guesses[next(iter(self._guesses))]
+            return 401
+
+    def is_cross_site(self, environ: Environ) -> bool:
+        """Whether a page of another site sent this, in the name of a viewer's browser."""
+        if environ.get("HTTP_SEC_FETCH_SITE", "none") not in ("same-origin", "none"):
+            return True
+        origin = environ.get("HTTP_ORIGIN")
+        if origin is None:
+            return False
+        site = origin.partition("://")[2]
+        return site not in (environ.get("HTTP_HOST"), self._own_netloc)
+
+    @staticmethod
+    def _given_password(environ: Environ) -> bytes | None:
+        scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").strip().partition(" ")
+        if scheme.lower() == "bearer":
+            return str(credentials).strip().encode("latin-1", "replace")
+        if scheme.lower() == "basic":
+            try:
+                return base64.b64decode(credentials.strip()).partition(b":")[2]
+            except ValueError:
+                return b""
+        return None
+
+    def _is_local(self, environ: Environ) -> bool:
+        """Straight from this machine: not through a proxy, nor by another site's name for it."""
+        if not _is_loopback(environ["REMOTE_ADDR"]) or any(
+            _FORWARDED.fullmatch(name) for name in environ
+        ):
+            return False
+        try:
+            host = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname or ""
+        except ValueError:
+            return False
+        return host == self._own_host or host == "localhost" or _is_loopback(host)
+
+
+def _is_loopback(address: str) -> bool:
+    return address == "::1" or bool(re.fullmatch(r"(::ffff:)?127(\.\d{1,3}){3}", address))
+
+
+def tail(stream: Any, length: int) -> bytes:
+    """The last `length` bytes of a stream."""
+    kept = b""
+    while chunk := stream.read(65_536):
+        kept = (kept + chunk)[-length:]
+    return kept
+
+
+class Web:
+    """The WSGI application. The heartbeat endpoint stands before Bottle, which would answer odd
+    paths and methods in its own way; everything else is Bottle's.
+    """
+
+    def __init__(self, store: Store, clock: Clock, intake: Intake, watcher: Watcher) -> None:
+        import bottle
+
+        self._bottle = bottle
+        self._store = store
+        self._clock = clock
+        self._intake = intake
+        self._watcher = watcher
+        self._config: Config
+        self._access: Access
+        self.mistakes: Sequence[str] = ()  # in the file as it was saved last
+        self._app = bottle.Bottle()
+        self._app.route("/", "GET", self._dashboard)
+        self._app.route("/monitor/<key>", "GET", self._dashboard)
+        self._app.route("/health", "GET", self._health)
+        self._app.route("/api/v1/monitors", "GET", self._monitors_json)
+        self._app.route("/api/v1/monitors/<key>", "GET", self._monitors_json)
+        for verb in ("pause", "resume"):
+            answer = functools.partial(self._pause_or_resume, verb=verb)
+            self._app.route(f"/api/v1/monitors/<key>/{verb}", "POST", answer)
+        self._app.default_error_handler = self._error_page
+        self._dashboard_page = bottle.SimpleTemplate(DASHBOARD)
+
+    def use(self, config: Config) -> None:
+        self._config = config
+        self._access = Access(config, self._clock)
+
+    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        prefix = self._config.prefix
+        if prefix and (path == prefix or path.startswith(prefix + "/")) and not (
+            path.startswith(HEARTBEATS)
+        ):
+            path = environ["PATH_INFO"] = path[len(prefix) :] or "/"
+        if path.startswith(HEARTBEATS):
+            return self._heartbeat(environ, start_response, path[len(HEARTBEATS) :])
+        try:
+            path.encode("latin-1").decode()
+        except UnicodeError:  # Bottle would leave out what is not UTF-8, and find another page
+            environ["PATH_INFO"] = "/not-utf-8"
+        environ["wsgi.errors"] = io.StringIO()  # Bottle's tracebacks; _error_page logs a line
+        answer: Iterable[bytes] = self._app(environ, start_response)
+        return answer
+
+    def _heartbeat(
+        self, environ: Environ, start_response: StartResponse, rest: str
+    ) -> Iterable[bytes]:
+        """One answer whatever the token and whatever follows it (law 1)."""
+        token, _, action = rest.partition("/")
+        status, body, more = "200 OK", _OK, []
+        try:
+            self._intake.receive(token, action, lambda *meaning: _ping(environ, *meaning))
+        except Exception as error:
+            if not isinstance(error, Unrecordable):
+                log.error("a heartbeat was not recorded: %s: %s", type(error).__name__, error)
+            status, body = "503 Service Unavailable", _UNAVAILABLE
+            more = [("Retry-After", str(RETRY_AFTER))]
+        headers = [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"),
+            *more,
+        ]
+        start_response(status, headers)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+    def _dashboard(self, key: str | None = None) -> Any:
+        """Every monitor, or the one that an alert's URL names."""
+        config, now = self._config, self._clock.now()
+        refusal = self._access.refusal(self._bottle.request.environ)
+        if refusal and not config.public:
+            return self._refuse(refusal)
+        if key and key not in config.monitors:
+            return self._bottle.HTTPError(404)
+        with self._store.reading() as db:
+            monitors = describe_monitors(db, config, now, [key] if key else None)
+            gaps = gaps_since(db, now - DAY)
+        self._secure_headers()
+        return self._dashboard_page.render(
+            monitors=monitors,
+            summary=_summary([monitor["state"] for monitor in monitors]),
+            viewer=refusal is None,
+            mistakes=self.mistakes if refusal is None else (),
+            gaps=[describe_gap(gap, config.timezone) for gap in gaps if is_long(gap)],
+            rhythm=lambda id: describe_rhythm(config.monitors[id]),
+            upcoming=upcoming(config.monitors[key], config.timezone, now) if key else [],
+            moment=functools.partial(_moment, zone=config.timezone, now=now),
+            prefix=config.prefix,
+            style=STYLE,
+            version=__version__,
+        )
+
+    def _monitors_json(self, key: str | None = None) -> Any:
+        refusal = self._access.refusal(self._bottle.request.environ)
+        if refusal and not self._config.public:
+            return self._json_error(refusal, REFUSALS[refusal])
+        if key is not None and key not in self._config.monitors:
+            return self._json_error(404, f"no monitor {show(key)}")
+        with self._store.reading() as db:
+            monitors = describe_monitors(
+                db, self._config, self._clock.now(), [key] if key else None
+            )
+        if refusal:
+            for monitor in monitors:
+                monitor.update(channels=[], note=None, ping_url=None)
+        return self._json({"data": monitors[0] if key else monitors})
+
+    def _pause_or_resume(self, key: str, verb: str) -> Any:
+        """POST /api/v1/monitors/{key}/pause and .../resume."""
+        environ = self._bottle.request.environ
+        if refusal := self._access.refusal(environ):
+            return self._json_error(refusal, REFUSALS[refusal])
+        if self._access.is_cross_site(environ):
+            return self._json_error(403, "a page of another site asked for this")
+        monitor = self._config.monitors.get(key)
+        if monitor is None:
+            return self._json_error(404, f"no monitor {show(key)}")
+        try:
+            asked = read_json(tail(environ["wsgi.input"], BODY_KEPT))
+            if not isinstance(asked, dict) or asked.keys() - {"for"}:
+                raise ValueError('the body must be JSON, such as {"for": "2h"}, or empty')
+            span = pause_length(asked["for"]) if "for" in asked and verb == "pause" else None
+            now = self._clock.now()
+            self._store.write(lambda db: pause_or_resume(db, monitor, verb, span, now))
+        except Unrecordable as error:
+            return self._json_error(503, str(error))
+        except ValueError as error:
+            return self._json_error(400, str(error))
+        return self._monitors_json(key)
+
+    def _json(self, value: object) -> str:
+        self._bottle.response.content_type = "application/json"
+        self._bottle.response.set_header("Cache-Control", "no-store")
+        return json.dumps(value, ensure_ascii=False)
+
+    def _json_error(self, status: int, message: str) -> Any:
+        self._bottle.response.status = status
+        if status == 401:
+            self._bottle.response.set_header("WWW-Authenticate", CHALLENGE)
+        kind = ERROR_TYPES.get(status, "invalid_request")
+        return self._json({"error": {"type": kind, "message": message}})
+
+    def _health(self) -> str:
+        reason = self._store.failure and f"the database can't be written: {self._store.failure}"
+        if self._watcher.is_stalled():
+            reason = "the watcher is stalled"
+        self._bottle.response.status = 503 if reason else 200
+        return self._json({"status": "unavailable", "reason": reason} if reason
+                          else {"status": "ok"})
+
+    def _refuse(self, status: int) -> Any:
+        headers = {}
+        if status == 401:
+            headers["WWW-Authenticate"] = CHALLENGE
+        if status == 429:
+            headers["Retry-After"] = "60"
+        return self._bottle.HTTPError(status, REFUSALS[status], **headers)
+
+    def _error_page(self, error: Any) -> str:
+        if error.exception:
+            log.error("%s: %s: %s", self._bottle.request.path[:200],
+                      type(error.exception).__name__, error.exception)
+        if self._bottle.request.path.startswith("/api/"):
+            return str(self._json_error(error.status_code, error.status_line))
+        self._secure_headers()
+        known = error.status_code in REFUSALS
+        text = REFUSALS[error.status_code] if known else "Larm's page is at / on this address."
+        page: str = self._bottle.template(
+            REFUSAL, title=error.status_line, text=text, style=STYLE
+        )
+        return page
+
+    def _secure_headers(self) -> None:
+        """For pages: nothing but our own style is loaded, and no token leaves in a referrer."""
+        response = self._bottle.response
+        response.set_header("Content-Type", "text/html; charset=UTF-8")
+        response.set_header("Cache-Control", "no-store")
+        response.set_header("Referrer-Policy", "no-referrer")
+        response.set_header("X-Content-Type-Options", "nosniff")
+        response.set_header(
+            "Content-Security-Policy",
+            f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; base-uri 'none'; "
+            "form-action 'self'; frame-ancestors 'none'",
+        )
+
+
+def read_json(body: bytes) -> object:
+    """What a request's body says: {} where it is empty, None where it is not JSON."""
+    try:
+        return json.loads(body or b"{}")
+    except (ValueError, RecursionError):
+        return None
+
+
+def _ping(environ: Environ, signal: str, exit_status: int | None) -> Ping:
+    """What is kept of a request: nothing in it can grow beyond a bound."""
+    query = environ.get("QUERY_STRING", "")
+    rid = parse_qs(query[:1_000], errors="replace").get("rid", [""])[0]
+    body = tail(environ["wsgi.input"], BODY_KEPT)
+    return Ping(
+        signal=signal,
+        exit_status=exit_status,
+        method=environ["REQUEST_METHOD"][:16],
+        sender=environ.get("REMOTE_ADDR"),
+        user_agent=environ.get("HTTP_USER_AGENT", "")[:200] or None,
+        rid=rid if 1 <= len(rid) <= 64 else None,
+        body=body.decode("utf-8", "replace") or None,
+    )
+
+
+def _summary(states: Sequence[str]) -> str:
+    """The answer to why somebody opened the page."""
+    counts = {state: states.count(state) for state in ("down", "late", "pending", "paused")}
+    found = [f"{count} {state}" for state, count in counts.items() if count]
+    if counts["down"] or counts["late"] or not states.count("up"):
+        return f"{', '.join(found)} of {len(states)}"
+    all_up = f"All {states.count('up')} monitors are up" if len(states) > 1 else "Up"
+    return ", ".join([all_up, *found])
+
+
+def _moment(text: str | None, zone: tzinfo, now: int) -> str:
+    """A JSON moment for people, with how far from now it is."""
+    if text is None:
+        return "–"
+    at = round(datetime.fromisoformat(text).timestamp() * SECOND)
+    return f"{iso_local(at, zone)[:19]} ({far_from(at, now)})"
+
+
+# ======================================================================================
+# Pages: templates and style, as plain strings.
+# ======================================================================================
+
+REFUSALS = {
+    401: "Give the password that is set in larm.toml; the user name may be anything.",
+    403: "Larm shows itself only to this machine until a password is set: add "
+    'password = "..." to larm.toml, or open it through an SSH tunnel.',
+    429: "Too many wrong passwords. Wait a minute, then try again.",
+}
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8883; --muted: light-dark(#555, #aaa);
+  --up: light-dark(#14703a, #6fd694); --down: light-dark(#b3161f, #ff8f8f);
+  --late: light-dark(#8a5a00, #f2bd5a); }
+body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 1rem; }
+h1 { font-size: 1.4rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { border-bottom: 1px solid var(--line); padding: .5rem; text-align: left;
+  vertical-align: top; }
+thead th { color: var(--muted); font-weight: 500; }
+tbody th { font-weight: 600; }
+.state { font-weight: 600; white-space: nowrap; }
+.up { color: var(--up); } .down { color: var(--down); } .late { color: var(--late); }
+.pending, .paused, footer { color: var(--muted); }
+small { color: var(--muted); display: block; font-weight: 400; }
+a { color: inherit; }
+.notice { border-left: .25rem solid var(--late); padding-left: .75rem; }
+code { font-size: .85rem; overflow-wrap: anywhere; user-select: all; }
+@media (max-width: 50rem) {
+  thead { position: absolute; clip-path: inset(50%); }
+  tr { border-bottom: 1px solid var(--line); display: block; padding: .6rem 0; }
+  th, td { border: 0; display: block; padding: .1rem 0; }
+  td[data-label]::before { color: var(--muted); content: attr(data-label) ": "; }
+}
+"""
+STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+
+DASHBOARD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{summary}} · Larm</title>
+<style>{{!style}}</style>
+</head>
+<body>
+<main>
+<h1>{{summary}}</h1>
+% for mistake in mistakes:
+<p class="notice down">Not applied: {{mistake}}</p>
+% end
+% for gap in gaps:
+<p class="notice">{{gap}}.</p>
+% end
+<table>
+<thead>
+<tr><th scope="col">Monitor</th><th scope="col">State</th><th scope="col">Since</th>
+<th scope="col">Last heartbeat</th><th scope="col">Next due</th>
+% if viewer:
+<th scope="col">Ping URL</th>
+% end
+</tr>
+</thead>
+<tbody>
+% signs = {"up": "✓", "down": "✗", "late": "!", "pending": "…", "paused": "‖"}
+% for monitor in monitors:
+<tr>
+<th scope="row"><a href="{{prefix}}/monitor/{{monitor["id"]}}">{{monitor["name"]}}</a>
+<small>{{rhythm(monitor["id"])}}</small></th>
+<td class="state {{monitor["state"]}}">{{signs[monitor["state"]]}} {{monitor["state"]}}</td>
+<td data-label="Since">{{moment(monitor["since"])}}</td>
+<td data-label="Last heartbeat">{{moment(monitor["last_heartbeat_at"])}}</td>
+<td data-label="Next due">{{moment(monitor["expected_at"])}}
+% for occurrence in upcoming:
+<small>{{occurrence}}</small>
+% end
+</td>
+% if viewer:
+<td data-label="Ping URL"><code>{{monitor["ping_url"]}}</code>
+<small>{{monitor["note"]}}</small></td>
+% end
+</tr>
+% end
+</tbody>
+</table>
+</main>
+<footer><p>Larm {{version}}</p></footer>
+</body>
+</html>
+"""
+
+REFUSAL = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{title}} · Larm</title>
+<style>{{!style}}</style>
+</head>
+<body><main><h1>{{title}}</h1><p>{{text}}</p></main></body>
+</html>
+"""
+
+
+# ======================================================================================
+# Larm: wires the rooms, starts and stops them. The only place that knows them all.
+# ======================================================================================
+
+STOP_WITHIN = 4.0  # seconds, of the 5 that interface.md gives
+LOOK = 0.5  # seconds between two looks at larm.toml; it is read when two of them agree
+
+
+def signature(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is saved, in place, by a rename or by a new target of a link."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def describe_changes(old: Config, new: Config) -> str:
+    """What a new configuration changes, on one line, without a value (law 9)."""
+    found = []
+    tables: list[tuple[str, Mapping[str, object], Mapping[str, object]]] = [
+        ("monitors", old.monitors, new.monitors),
+        ("channels", old.channels, new.channels),
+    ]
+    for what, before, after in tables:
+        for change, names in (
+            ("added", [name for name in after if name not in before]),
+            ("removed", [name for name in before if name not in after]),
+            ("changed", [name for name in after if before.get(name, after[name]) != after[name]]),
+        ):
+            if names:
+                more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+                found.append(f"{what} {change}: {', '.join(names[:10])}{more}")
+    found += [
+        f"{setting} changed"
+        for setting in ("url", "timezone", "keep", "password", "public", "watchdog")
+        if getattr(old, setting) != getattr(new, setting)
+    ]
+    return "; ".join(found) or "no setting changed"
+
+
+class Larm:
+    """A running Larm: one configuration, one database, one listening address."""
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        """Opens the database; raises StoreError."""
+        self.config = config
+        self.clock = clock
+        self.store = Store(config.database)
+        self.intake = Intake(self.store, clock)
+        self.watcher = Watcher(self.store, clock, self.intake)
+        self.notifier = Notifier(self.store, clock)
+        self.web = Web(self.store, clock, self.intake, self.watcher)
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._read = self._seen = signature(config.path)
+        self.stop_asked = self.reload_asked = False  # signal handlers may set no more than a flag
+        self._watched: list[Watched] = []
+
+    def begin(self) -> None:
+        """Account for the time since the last run, and put the configuration in force; raises
+        Unrecordable. Pings that come from now on are taken, so that nothing else may take long.
+        """
+        self.watcher.begin()
+        self.use(self.config)
+
+    def use(self, config: Config) -> None:
+        """Put a configuration in force; raises Unrecordable."""
+        now = self.clock.now()
+
+        def put(db: sqlite3.Connection) -> list[Watched]:
+            watched = adopt(db, config.monitors.values(), now)
+            self.intake.use(watched)
+            self.watcher.use(watched, config.keep)
+            return watched
+
+        try:
+            self._watched = self.store.write(put)
+        except BaseException:  # not on disk, not in force
+            self.intake.use(self._watched)
+            self.watcher.use(self._watched, self.config.keep)
+            raise
+        self.config = config
+        self.notifier.use(config)
+        self.web.use(config)
+
+    def reload_if_saved(self) -> None:
+        """Apply larm.toml if it was saved or if a reload was asked for: whole, or not at all."""
+        found = signature(self.config.path)
+        settled, self._seen = found == self._seen, found
+        if not self.reload_asked and (found == self._read or not settled):
+            return
+        self.reload_asked = False
+        self._read = found
+        try:
+            config = load(self.config.path, os.environ, accepts)
+        except ConfigError as error:
+            if error.mistakes != self.web.mistakes:
+                for mistake in error.mistakes[:20]:
+                    log.error("%s; the last good configuration stays in force", mistake)
+            self.web.mistakes = error.mistakes
+            return
+        self.web.mistakes = ()
+        old = self.config
+        fixed = {name: getattr(old, name) for name in ("host", "port", "database")}
+        if config.url == default_url(config.host, config.port):
+            fixed["url"] = old.url
+        if any(getattr(config, name) != value for name, value in fixed.items()):
+            log.warning("%s: listen and database take effect with a restart of Larm", config.path)
+            config = dataclasses.replace(config, **fixed)
+        try:
+            self.use(config)
+        except Unrecordable:
+            self._read = None  # again, once the database can be written
+            return
+        log.info("%s applied: %s", config.path, describe_changes(old, config))
+        warn_of(config)
+
+    def listen(self) -> None:
+        """Bind the address; raises OSError."""
+        import waitress
+
+        logging.getLogger("waitress").setLevel(logging.CRITICAL)  # it logs what clients do wrong
+        self._sockets: dict[int, Any] = {}
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host or "*"
+        self._server = waitress.create_server(
+            self.web,
+            map=self._sockets,
+            listen=f"{host}:{self.config.port}",
+            threads=THREADS,
+            ident="Larm",
+            max_request_body_size=BODY_LIMIT + 1,  # Waitress refuses from this size on
+            max_request_header_size=65_536,
+            connection_limit=CONNECTIONS,
+            channel_timeout=20,
+            cleanup_interval=5,
+            clear_untrusted_proxy_headers=False,  # they tell who does not come from this machine
+        )
+        waiting = self._server.task_dispatcher.queue
+        self.watcher.is_backlogged = lambda: (
+            bool(waiting) or len(self._sockets) >= CONNECTIONS
+        )
+
+    def run(self) -> str | None:
+        """Serve until a stop is asked for; returns why it ended otherwise."""
+        for name, target in (("watcher", self._watch), ("server", self._server.run)):
+            thread = threading.Thread(target=target, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        while not self.stop_asked:
+            self._stopping.wait(LOOK)
+            try:
+                self.reload_if_saved()
+            except Exception as error:
+                log.error("%s was not applied: %s: %s", self.config.path,
+                          type(error).__name__, error)
+            for thread in self._threads:
+                if not thread.is_alive():
+                    return f"the {thread.name} thread ended"
+            if not self.store.writer_is_alive():
+                return "the writer thread ended"
+        return None
+
+    def _watch(self) -> None:
+        planned, failed = 0, ""
+        while not self._stopping.wait(planned / SECOND):
+            try:
+                planned = self.watcher.tick(planned)
+                self.notifier.deliver_due()
+                failed = ""
+            except Unrecordable:  # the writer says so in the log, once
+                planned = TICK
+            except Exception as error:
+                planned, before = TICK, failed
+                failed = f"{type(error).__name__}: {error}"
+                if failed != before:
+                    log.error("the watcher failed: %s", failed)
+
+    def close(self) -> None:
+        """Answer what is being asked, send what is being sent, and close the database.
+
+        That Larm was alive is written once it takes no more pings: from then on time stands still.
+        """
+        self._stopping.set()
+        end = time.monotonic() + STOP_WITHIN
+        self._server.task_dispatcher.shutdown(cancel_pending=False, timeout=STOP_WITHIN / 2)
+        for thread in self._threads:
+            if thread.name == "watcher":
+                thread.join(1)
+        self.watcher.end()
+        self.notifier.stop(max(0.0, end - time.monotonic() - 0.5))
+        self.store.close()
+
+
+# ======================================================================================
+# Command line: thin verbs.
+# ======================================================================================
+
+STARTER = """\
+# Larm's settings. larm.toml.example names every one of them.
+
+[monitors.my-first-job]
+interval = "1d"      # how often the job runs: "90s", "15m", "1h30m", "1d", "1w"
+grace    = "1h"      # how late it may be
+
+# [channels]         # who is alerted: https://github.com/caronc/apprise/wiki
+# phone = "ntfys://ntfy.sh/choose-a-secret-topic"
+"""
+
+DONE, BAD_NEWS, UNUSABLE = 0, 1, 2  # exit codes
+
+
+class UserError(Exception):
+    """What to tell the user on stderr, and the exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Arguments(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"larm.py: {message}; see larm.py --help", UNUSABLE)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    config = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    config.add_argument("-c", "--config", metavar="FILE", type=Path,
+                        help="the configuration (default: ./larm.toml)")
+    parser: argparse.ArgumentParser = Arguments(
+        prog="larm.py",
+        parents=[config],
+        description="Larm tells you when a job did not run.",
+        epilog="Without -c and without a ./larm.toml, Larm writes a starter and runs it.",
+    )
+    parser.add_argument("--version", action="version", version=f"Larm {__version__}")
+    parser.set_defaults(verb=serve)
+    verbs = parser.add_subparsers(metavar="VERB")
+
+    def verb(run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(run.__name__, help=text, description=text, parents=[config])
+        added.set_defaults(verb=run)
+        return added
+
+    verb(serve, "run Larm (the default)")
+    verb(check, "read the configuration; print each mistake, or a summary")
+    added = verb(status, "show the monitors and their states")
+    added.add_argument("keys", metavar="KEY", nargs="*", help="only these monitors")
+    added.add_argument("--json", action="store_true", help="print JSON")
+    added = verb(pause, "stop watching a monitor, for a time or until resumed")
+    added.add_argument("key", metavar="KEY")
+    added.add_argument("duration", metavar="DURATION", nargs="?", help='such as "2h"')
+    added = verb(resume, "watch a paused monitor again")
+    added.add_argument("key", metavar="KEY")
+    added = verb(test, "send a test alert")
+    added.add_argument("channels", metavar="CHANNEL", nargs="*", help="only these channels")
+    return parser.parse_args(argv)
+
+
+class Unset(dict[str, str]):
+    """An environment in which no variable is missing, for verbs that need none of the secrets."""
+
+    def __missing__(self, name: str) -> str:
+        return f"{name}-is-not-set-here"
+
+
+def read_config(arguments: argparse.Namespace, accepts: Accepts | None = None) -> Config:
+    """The configuration; `accepts`: only where the channels are used. Raises UserError."""
+    path: Path = getattr(arguments, "config", Path("larm.toml"))
+    try:
+        return load(path.absolute(), os.environ if accepts else Unset(os.environ), accepts)
+    except ConfigError as error:
+        raise UserError(str(error), UNUSABLE if error.missing else BAD_NEWS) from None
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Run Larm until it is told to stop."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
+    if not hasattr(arguments, "config") and not Path("larm.toml").exists():
+        try:
+            Path("larm.toml").write_text(STARTER)
+        except OSError as error:
+            raise UserError(f"larm.toml: can't be written: {error.strerror}", BAD_NEWS) from None
+        log.info("wrote larm.toml with a first monitor: edit it; what you save is applied")
+    config = read_config(arguments, accepts)
+    try:
+        larm = Larm(config, Clock())
+    except StoreError as error:
+        raise UserError(str(error), BAD_NEWS) from None
+    try:
+        larm.listen()
+        larm.begin()
+    except Unrecordable as error:
+        raise UserError(f"{config.database}: can't be written: {error}", BAD_NEWS) from None
+    except (OSError, ValueError) as error:  # Waitress raises ValueError for an unknown name
+        larm.store.close()
+        reason = error.strerror if isinstance(error, OSError) else "no such address here"
+        raise UserError(
+            f"{config.path}: listen: {config.host or '*'}:{config.port} can't be used: {reason}; "
+            "stop what uses it, or set another address or port",
+            BAD_NEWS,
+        ) from None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: setattr(larm, "stop_asked", True))
+    signal.signal(signal.SIGHUP, lambda *_: setattr(larm, "reload_asked", True))
+    announce(larm)
+    reason = larm.run()
+    larm.close()
+    if reason:
+        log.error("Larm ends: %s", reason)
+    else:
+        log.info("Larm has stopped")
+    logging.shutdown()
+    os._exit(BAD_NEWS if reason else DONE)  # a sender that hangs must not hold the exit
+
+
+def announce(larm: Larm) -> None:
+    """Say what runs; on a terminal also how to ping what was never pinged (law 9)."""
+    config = larm.config
+    log.info("Larm %s, configuration %s, database %s", __version__, config.path, config.database)
+    log.info("dashboard %s/ (%s, %s)", config.url,
+             counted(len(config.monitors), "monitor"), counted(len(config.channels), "channel"))
+    if larm.clock.now() < SANE:
+        log.warning("the clock says %s: nobody is alerted until it is set",
+                    iso_local(larm.clock.now(), config.timezone))
+    warn_of(config)
+    if sys.stderr.isatty():
+        with larm.store.reading() as db:
+            monitors = describe_monitors(db, config, larm.clock.now())
+        for monitor in monitors:
+            if monitor["state"] == "pending":
+                print(f"{monitor['name']} has never been pinged. Add to its job:\n"
+                      f"  {ping_command(monitor['ping_url'])}", file=sys.stderr)
+
+
+def ping_command(ping_url: str) -> str:
+    return f"curl -fsS -m 10 --retry 5 {ping_url}"
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Read the configuration and say what is in it."""
+    config = read_config(arguments, accepts)
+    print(f"{config.path}: fine: {counted(len(config.monitors), 'monitor')}, "
+          f"{counted(len(config.channels), 'channel')}, dashboard {config.url}/")
+    warn_of(config)
+    return DONE
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Show the monitors, from the database, whether or not Larm runs."""
+    config = read_config(arguments)
+    keys = [require_monitor(config, key).key for key in arguments.keys] or None
+    clock = Clock()
+    try:
+        with contextlib.ExitStack() as stack:
+            db = None
+            if config.database.exists():
+                db = stack.enter_context(contextlib.closing(connect(config.database, True)))
+                schema_version(db)
+            chosen = describe_monitors(db, config, clock.now(), keys)
+    except (sqlite3.Error, ValueError) as error:
+        raise UserError(f"{config.database}: can't be read: {error}", BAD_NEWS) from None
+    if arguments.json:
+        print(json.dumps({"data": chosen}, indent=2))
+        return DONE
+    moment = functools.partial(_moment, zone=config.timezone, now=clock.now())
+    lines = [("MONITOR", "STATE", "SINCE", "LAST HEARTBEAT", "NEXT DUE", "PING URL")]
+    for one in chosen:
+        times = [moment(one[name]) for name in ("since", "last_heartbeat_at", "expected_at")]
+        url = one["ping_url"] or "(made when Larm first runs)"
+        lines.append((one["id"], one["state"], times[0], times[1], times[2], url))
+    print_table(lines)
+    for monitor in (config.monitors[one["id"]] for one in chosen):
+        if moments := upcoming(monitor, config.timezone, clock.now()):
+            print(f"{monitor.key}: {describe_rhythm(monitor)}; next {', '.join(moments)}")
+    return DONE
+
+
+def pause(arguments: argparse.Namespace) -> int:
+    """Stop watching a monitor, whether or not Larm runs."""
+    try:
+        span = None if arguments.duration is None else pause_length(arguments.duration)
+    except ValueError as error:
+        raise UserError(f"larm.py: {error}", UNUSABLE) from None
+    return change_watching(arguments, "pause", span)
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    """Watch a paused monitor again, whether or not Larm runs."""
+    return change_watching(arguments, "resume", None)
+
+
+def change_watching(arguments: argparse.Namespace, verb: str, span: int | None) -> int:
+    config = read_config(arguments)
+    monitor = require_monitor(config, arguments.key)
+    try:
+        if not config.database.exists():
+            raise ValueError("Larm has not run with it yet: start Larm once")
+        with contextlib.closing(connect(config.database, readonly=False)) as db:
+            schema_version(db)
+            db.execute("BEGIN IMMEDIATE")
+            pause_or_resume(db, monitor, verb, span, Clock().now())
+            db.execute("COMMIT")
+    except (sqlite3.Error, ValueError) as error:
+        what = config.path if isinstance(error, ValueError) else config.database
+        raise UserError(f"{what}: {error}", BAD_NEWS) from None
+    until = f" for {format_duration(span)}" if span else ""
+    print(f"{monitor.key}: paused{until}" if verb == "pause" else f"{monitor.key}: watched")
+    return DONE
+
+
+def require_monitor(config: Config, key: str) -> Monitor:
+    if key not in config.monitors:
+        hint = nearest(key, config.monitors)
+        raise UserError(f"{config.path}: no monitor {show(key)}{hint}", UNUSABLE)
+    return config.monitors[key]
+
+
+def print_table(lines: Sequence[tuple[str, ...]]) -> None:
+    """Columns in line; on a terminal the second one, the state, in colour."""
+    colours = {"up": 32, "down": 31, "late": 33, "pending": 36, "paused": 36}
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        if coloured and line[1] in colours:
+            cells[1] = f"\033[{colours[line[1]]}m{cells[1]}\033[0m"
+        print("  ".join(cells).rstrip())
+
+
+def test(arguments: argparse.Namespace) -> int:
+    """Send a test alert to each channel."""
+    config = read_config(arguments, accepts)
+    for name in arguments.channels:
+        if name not in config.channels:
+            hint = nearest(name, config.channels)
+            raise UserError(f"{config.path}: no channel {show(name)}{hint}", UNUSABLE)
+    chosen = arguments.channels or list(config.channels)
+    if not chosen:
+        raise UserError(f"{config.path}: no channels: add one under [channels]", UNUSABLE)
+    failed = 0
+    for name in dict.fromkeys(chosen):
+        error = send(config.channels[name], "Test alert from Larm",
+                     f"If you can read this, alerts reach you here.\n{config.url}/", "info")
+        failed += error is not None
+        print(f"{name}: {'sent' if error is None else f'not sent: {error}'}")
+    return BAD_NEWS if failed else DONE
+
+
+class OneLine(logging.Formatter):
+    """A record is a line, and an exception its name and message: no traceback in the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        error = record.exc_info[1] if record.exc_info else None
+        text = record.getMessage() + (f": {type(error).__name__}: {error}" if error else "")
+        return f"{self.formatTime(record)} {record.levelname} {' '.join(text.split())}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a verb; every error is a line on stderr and an exit code."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    threading.excepthook = lambda failed: log.error(
+        "a thread failed", exc_info=failed.exc_value or failed.exc_type()
+    )
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no dash still gets its table
+    try:
+        arguments = parse_arguments(argv)
+        code: int = arguments.verb(arguments)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except ModuleNotFoundError as error:
+        print(f"larm.py needs the package {error.name}: pip install bottle waitress apprise, or "
+              "run it with the Python that has them, such as .venv/bin/python", file=sys.stderr)
+        return BAD_NEWS
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader, such as head, has had enough
+            return DONE
+        print(f"larm.py: {error.strerror}", file=sys.stderr)
+        return BAD_NEWS
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        print(f"larm.py failed: {type(error).__name__}: {error}; please report it", file=sys.stderr)
+        return BAD_NEWS
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
