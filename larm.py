@@ -29,6 +29,7 @@ import fcntl
 import functools
 import hashlib
 import hmac
+import http.client
 import io
 import itertools
 import json
@@ -45,6 +46,7 @@ import sys
 import threading
 import time
 import tomllib
+import urllib.request
 import zoneinfo
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -341,14 +343,6 @@ class Config:
     def prefix(self) -> str:
         """The path under which a reverse proxy shows Larm, "" or "/larm"."""
         return urlsplit(self.url).path
-
-    @property
-    def unheeded(self) -> list[str]:
-        """The settings in use that this version of Larm checks, but does not act upon yet."""
-        names = ("remind", "max_runtime", "depends_on")
-        monitors = self.monitors.values()
-        used = [name for name in names if any(getattr(one, name) for one in monitors)]
-        return used + (["watchdog"] if self.watchdog else [])
 
     def ping_url(self, token: str) -> str:
         return f"{self.url}/api/heartbeat/{token}"
@@ -807,8 +801,17 @@ def warn_of(config: Config) -> None:
     """Log what a valid configuration may not do as its author expects."""
     if not config.channels:
         log.warning("no channels are configured: nobody will be alerted")
-    if config.unheeded:
-        log.warning("not acted upon yet by this version: %s", ", ".join(config.unheeded))
+
+
+def ancestors(monitors: Mapping[str, Monitor], key: str) -> set[str]:
+    """The keys of all that a monitor depends on, directly or not."""
+    found: set[str] = set()
+    waiting = list(monitors[key].depends_on)
+    while waiting:
+        if (parent := waiting.pop()) not in found:
+            found.add(parent)
+            waiting += monitors[parent].depends_on
+    return found
 
 
 # ======================================================================================
@@ -843,11 +846,17 @@ MIGRATIONS = [
         counts_from INTEGER,              -- received_at, later by the gaps since: what expected_at
         rhythm TEXT NOT NULL,             -- and deadline_at were computed from, and how
         expected_at INTEGER,
-        deadline_at INTEGER               -- runs while the state is up
+        deadline_at INTEGER,              -- runs while the state is up
+        told TEXT NOT NULL DEFAULT 'up'   -- what people know of it
+            CHECK (told IN ('up', 'down', 'flapping')),
+        alert_at INTEGER,                 -- the next alert: a held one, a reminder, ...
+        last_duration_ms INTEGER          -- of a run that said when it started
     );
     CREATE INDEX monitors_by_deadline ON monitors (deadline_at)
         WHERE deadline_at IS NOT NULL AND watching = 'yes';
     CREATE INDEX monitors_by_resumption ON monitors (resumes_at) WHERE resumes_at IS NOT NULL;
+    CREATE INDEX monitors_by_alert ON monitors (alert_at)
+        WHERE alert_at IS NOT NULL AND watching = 'yes';
 
     CREATE TABLE heartbeats (
         id INTEGER PRIMARY KEY,
@@ -866,22 +875,28 @@ MIGRATIONS = [
 
     CREATE TABLE events (
         id INTEGER PRIMARY KEY,
-        monitor_id INTEGER NOT NULL REFERENCES monitors,
+        monitor_id INTEGER REFERENCES monitors, -- NULL: about Larm itself
         type TEXT NOT NULL CHECK (type IN ('down', 'up')),
         at INTEGER NOT NULL,
         reason TEXT CHECK (reason IN ('missed', 'failed', 'overran')),
         last_heartbeat_at INTEGER,
         expected_at INTEGER,
         down_ms INTEGER,
-        heartbeat_id INTEGER REFERENCES heartbeats
+        heartbeat_id INTEGER REFERENCES heartbeats,
+        topic TEXT,                       -- what of Larm itself is in trouble
+        text TEXT,
+        CHECK ((monitor_id IS NULL) = (topic IS NOT NULL))
     );
     CREATE INDEX events_by_monitor ON events (monitor_id, at);
     CREATE INDEX events_by_time ON events (at);
     CREATE INDEX events_by_heartbeat ON events (heartbeat_id) WHERE heartbeat_id IS NOT NULL;
+    CREATE INDEX events_by_topic ON events (topic) WHERE topic IS NOT NULL;
 
     CREATE TABLE deliveries (
         id INTEGER PRIMARY KEY,
         event_id INTEGER NOT NULL REFERENCES events ON DELETE CASCADE,
+        kind TEXT NOT NULL DEFAULT 'change'
+            CHECK (kind IN ('change', 'reminder', 'flapping', 'settled')),
         channel TEXT NOT NULL,
         state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'sent', 'failed')),
         attempts INTEGER NOT NULL DEFAULT 0,
@@ -893,11 +908,20 @@ MIGRATIONS = [
     CREATE INDEX deliveries_pending ON deliveries (channel, due_at) WHERE state = 'pending';
     CREATE INDEX deliveries_by_event ON deliveries (event_id);
 
+    CREATE TABLE channels (
+        name TEXT PRIMARY KEY,
+        sent_at INTEGER,                  -- when it accepted an alert last
+        failed_at INTEGER,                -- when it last did not, and why
+        error TEXT,
+        failing_since INTEGER             -- the first failure since it accepted one
+    );
+
     CREATE TABLE gaps (
         id INTEGER PRIMARY KEY,
         monitor_id INTEGER REFERENCES monitors, -- which was paused; NULL: Larm was not watching
         from_at INTEGER NOT NULL,
-        to_at INTEGER NOT NULL            -- before from_at where the clock was set back
+        to_at INTEGER NOT NULL,           -- before from_at where the clock was set back
+        told INTEGER NOT NULL DEFAULT 0   -- whether there was an alert of it, or need not be
     );
     CREATE INDEX gaps_by_time ON gaps (to_at);
     """,
@@ -1192,6 +1216,7 @@ class Watched:
     id: int
     token: str
     monitor: Monitor
+    above: tuple[int, ...] = ()  # the ids of all monitors that it depends on, directly or not
 
 
 def adopt(db: sqlite3.Connection, monitors: Iterable[Monitor], now: int) -> list[Watched]:
@@ -1201,18 +1226,24 @@ def adopt(db: sqlite3.Connection, monitors: Iterable[Monitor], now: int) -> list
     from now on, and keeps its history. What is back goes on with the time that it had left; what
     was disabled is resumed.
     """
-    rows = {row["key"]: row for row in db.execute("SELECT * FROM monitors")}
-    watched = []
-    for monitor in monitors:
-        row = rows.pop(monitor.key, None)
-        if row is None:
-            row = _insert_monitor(db, monitor, now)
-        _rewatch(db, monitor, row, now)
-        watched.append(Watched(row["id"], monitor.token or row["made_token"], monitor))
-    for row in rows.values():
-        if row["watching"] == "yes":
+    configured = {monitor.key: monitor for monitor in monitors}
+    rows = read_monitors(db)
+    for key, row in rows.items():
+        if key not in configured and row["watching"] == "yes":
             unwatch(db, row["id"], "removed", now)
-    return watched
+    for key, monitor in configured.items():
+        if key not in rows:
+            rows[key] = _insert_monitor(db, monitor, now)
+        _rewatch(db, monitor, rows[key], now)
+    return [
+        Watched(
+            rows[key]["id"],
+            monitor.token or rows[key]["made_token"],
+            monitor,
+            tuple(rows[parent]["id"] for parent in ancestors(configured, key)),
+        )
+        for key, monitor in configured.items()
+    ]
 
 
 def _insert_monitor(db: sqlite3.Connection, monitor: Monitor, now: int) -> sqlite3.Row:
@@ -1231,7 +1262,9 @@ def _insert_monitor(db: sqlite3.Connection, monitor: Monitor, now: int) -> sqlit
 def unwatch(
     db: sqlite3.Connection, monitor_id: int, why: str, now: int, resumes_at: int | None = None
 ) -> None:
-    """Stop watching a monitor because it is paused, disabled or removed."""
+    """Stop watching a monitor because it is paused, disabled or removed; what could not yet be
+    sent about it is withdrawn.
+    """
     db.execute(
         """
         UPDATE monitors
@@ -1239,6 +1272,15 @@ def unwatch(
         WHERE id = :id
         """,
         {"id": monitor_id, "why": why, "now": now, "resumes_at": resumes_at},
+    )
+    db.execute(
+        """
+        UPDATE deliveries
+        SET state = 'failed', error = :error
+        WHERE state = 'pending'
+        AND event_id IN (SELECT id FROM events WHERE monitor_id = :id)
+        """,
+        {"id": monitor_id, "error": f"withdrawn: the monitor was {why}"},
     )
 
 
@@ -1261,7 +1303,7 @@ def watch_again(db: sqlite3.Connection, monitor: Monitor, row: sqlite3.Row, now:
         """
         UPDATE monitors
         SET state = 'up', since = IIF(state = 'up', since, :now), counts_from = :now,
-            expected_at = :expected, deadline_at = :deadline
+            expected_at = :expected, deadline_at = :deadline, told = 'up', alert_at = NULL
         WHERE id = :id AND state <> 'pending'
         """,
         {"id": row["id"], "now": now, "expected": expected_at, "deadline": deadline_at},
@@ -1296,20 +1338,21 @@ def pause_length(value: object) -> int:
 def _rewatch(db: sqlite3.Connection, monitor: Monitor, row: sqlite3.Row, now: int) -> None:
     """Bring one known monitor's name, rhythm and deadline in line with its configuration."""
     counts_from, expected_at = row["counts_from"], row["expected_at"]
-    deadline_at = row["deadline_at"]
+    deadline_at, alert_at = row["deadline_at"], row["alert_at"]
     if monitor.rhythm != row["rhythm"] and deadline_at is not None:
         expected_at, deadline_at = monitor.expectation(counts_from)
     watching, unwatched_at = row["watching"], row["unwatched_at"]
     if watching == "removed" and monitor.enabled:
         watching, unwatched_at = "yes", None
+        away = now - row["unwatched_at"]
+        alert_at = alert_at and alert_at + away
         if deadline_at is not None:
-            away = now - row["unwatched_at"]
             counts_from, expected_at = counts_from + away, expected_at + away
             deadline_at += away
     values = {
         "name": monitor.name, "rhythm": monitor.rhythm, "watching": watching,
         "unwatched_at": unwatched_at, "counts_from": counts_from, "expected_at": expected_at,
-        "deadline_at": deadline_at,
+        "deadline_at": deadline_at, "alert_at": alert_at,
     }
     if any(row[column] != value for column, value in values.items()):
         db.execute(
@@ -1460,7 +1503,7 @@ def change_state(
     return db.execute(
         """
         UPDATE monitors
-        SET state = :state, since = :since, expected_at = NULL, deadline_at = NULL
+        SET state = :state, since = :since, expected_at = NULL, deadline_at = NULL, alert_at = NULL
         WHERE id = :id AND state = :held AND deadline_at IS :deadline AND watching = 'yes'
         """,
         {"id": watched.id, "state": state, "since": since, "held": held["state"],
@@ -1495,7 +1538,7 @@ def overdue(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
 
 
 def next_due_at(db: sqlite3.Connection, now: int) -> int | None:
-    """When something is due next, after `now`: a deadline, a delivery, the end of a pause."""
+    """When something is due next, after `now`: a deadline, an alert, the end of a pause."""
     due: int | None = db.execute(
         """
         SELECT MIN(at) FROM (
@@ -1503,6 +1546,8 @@ def next_due_at(db: sqlite3.Connection, now: int) -> int | None:
             WHERE deadline_at > :now AND watching = 'yes'
             UNION ALL
             SELECT MIN(resumes_at) FROM monitors WHERE resumes_at > :now
+            UNION ALL
+            SELECT MIN(alert_at) FROM monitors WHERE alert_at > :now AND watching = 'yes'
             UNION ALL
             SELECT MIN(due_at) FROM deliveries WHERE state = 'pending' AND due_at > :now
         )
@@ -1514,33 +1559,173 @@ def next_due_at(db: sqlite3.Connection, now: int) -> int | None:
 
 def add_event(
     db: sqlite3.Connection,
-    watched: Watched,
+    monitor_id: int,
     type: str,
     at: int,
     held: sqlite3.Row,
     reason: str | None = None,
-    down_ms: int | None = None,
     heartbeat_id: int | None = None,
 ) -> None:
-    """An event and a delivery for each of its monitor's channels; `held`: the row before it."""
-    event_id = db.execute(
+    """What happened to a monitor; `held`: its row before that."""
+    db.execute(
         """
         INSERT INTO events (
             monitor_id, type, at, reason, last_heartbeat_at, expected_at, down_ms, heartbeat_id
         )
         VALUES (:monitor, :type, :at, :reason, :last, :expected, :down_ms, :heartbeat)
         """,
-        {"monitor": watched.id, "type": type, "at": at, "reason": reason,
-         "last": held["received_at"], "expected": held["expected_at"], "down_ms": down_ms,
+        {"monitor": monitor_id, "type": type, "at": at, "reason": reason,
+         "last": held["received_at"], "expected": held["expected_at"],
+         "down_ms": max(0, at - held["since"]) if type == "up" else None,
          "heartbeat": heartbeat_id},
-    ).lastrowid
+    )
+
+
+def newest_event(
+    db: sqlite3.Connection, monitor_id: int, type: str | None = None
+) -> sqlite3.Row | None:
+    """The newest event of a monitor, or its newest one of that type."""
+    row: sqlite3.Row | None = db.execute(
+        """
+        SELECT *
+        FROM events
+        WHERE monitor_id = :monitor AND (:type IS NULL OR type = :type)
+        ORDER BY id DESC
+        LIMIT 1
+        """,
+        {"monitor": monitor_id, "type": type},
+    ).fetchone()
+    return row
+
+
+def fail_again(db: sqlite3.Connection, event_id: int, heartbeat_id: int) -> None:
+    """A monitor that is down has failed once more: what is said of it is the newest."""
+    db.execute(
+        "UPDATE events SET reason = 'failed', heartbeat_id = :heartbeat WHERE id = :event",
+        {"event": event_id, "heartbeat": heartbeat_id},
+    )
+
+
+def count_changes(db: sqlite3.Connection, monitor_id: int, after: int) -> int:
+    """How often a monitor has gone down or come up since."""
+    count: int = db.execute(
+        "SELECT COUNT(*) FROM events WHERE monitor_id = :monitor AND at > :after",
+        {"monitor": monitor_id, "after": after},
+    ).fetchone()[0]
+    return count
+
+
+def plan_alert(
+    db: sqlite3.Connection, monitor_id: int, alert_at: int | None, told: str | None = None
+) -> None:
+    """When the next alert about a monitor is due, and what people know of it from now on."""
+    db.execute(
+        "UPDATE monitors SET alert_at = :at, told = COALESCE(:told, told) WHERE id = :id",
+        {"id": monitor_id, "at": alert_at, "told": told},
+    )
+
+
+def alerts_due(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
+    """The monitors about which an alert is due."""
+    return db.execute(
+        """
+        SELECT *
+        FROM monitors
+        WHERE alert_at <= :now AND watching = 'yes'
+        ORDER BY alert_at
+        LIMIT :limit
+        """,
+        {"now": now, "limit": BATCH},
+    ).fetchall()
+
+
+def down_monitors(db: sqlite3.Connection) -> list[sqlite3.Row]:
+    return db.execute(
+        "SELECT * FROM monitors WHERE state = 'down' AND watching = 'yes'"
+    ).fetchall()
+
+
+def queue_alert(
+    db: sqlite3.Connection, event_id: int, kind: str, channels: Iterable[str], at: int
+) -> None:
+    """A delivery for each of these channels that does not wait with the same news already."""
     db.executemany(
-        "INSERT INTO deliveries (event_id, channel, due_at) VALUES (:event, :channel, :due)",
+        """
+        INSERT INTO deliveries (event_id, kind, channel, due_at)
+        SELECT :event, :kind, :channel, :due
+        WHERE NOT EXISTS (
+            SELECT 1
+            FROM deliveries
+            WHERE event_id = :event AND channel = :channel AND state = 'pending'
+        )
+        """,
         [
-            {"event": event_id, "channel": channel, "due": at + DIGEST_WITHIN}
-            for channel in watched.monitor.notify
+            {"event": event_id, "kind": kind, "channel": channel, "due": at + DIGEST_WITHIN}
+            for channel in channels
         ],
     )
+
+
+def take_untold_gaps(db: sqlite3.Connection, shortest: int) -> list[sqlite3.Row]:
+    """The gaps in Larm's attention of which there was no alert yet, and is one now."""
+    return db.execute(
+        """
+        UPDATE gaps
+        SET told = 1
+        WHERE told = 0 AND monitor_id IS NULL AND to_at - from_at > :shortest
+        RETURNING *
+        """,
+        {"shortest": shortest},
+    ).fetchall()
+
+
+def open_troubles(db: sqlite3.Connection) -> list[sqlite3.Row]:
+    """The events of what is wrong with Larm itself, for those that have not ended."""
+    return db.execute(
+        """
+        SELECT *
+        FROM events
+        WHERE type = 'down'
+        AND id IN (SELECT MAX(id) FROM events WHERE topic IS NOT NULL GROUP BY topic)
+        ORDER BY id
+        """
+    ).fetchall()
+
+
+def report(
+    db: sqlite3.Connection,
+    topic: str,
+    type: str,
+    text: str,
+    channels: Iterable[str],
+    at: int,
+) -> None:
+    """An alert that something of Larm itself is in trouble ("down"), or is no longer ("up").
+
+    A trouble is reported once: again only after its end, or with another text.
+    """
+    known = db.execute(
+        """
+        SELECT type, text, at
+        FROM events
+        WHERE topic = :topic AND id > COALESCE(
+            (SELECT MAX(id) FROM events WHERE topic = :topic AND type = 'up'), 0
+        )
+        ORDER BY id
+        """,
+        {"topic": topic},
+    ).fetchall()
+    if (type == "up" and not known) or any(row["text"] == text for row in known):
+        return
+    event = db.execute(
+        """
+        INSERT INTO events (type, at, topic, text, down_ms)
+        VALUES (:type, :at, :topic, :text, :down_ms)
+        """,
+        {"type": type, "at": at, "topic": topic, "text": text,
+         "down_ms": max(0, at - known[0]["at"]) if type == "up" else None},
+    )
+    queue_alert(db, event.lastrowid or 0, "change", channels, at)
 
 
 GIVE_UP_AFTER = 3 * DAY  # of trying to send an alert
@@ -1585,12 +1770,21 @@ def shift_deadlines(db: sqlite3.Connection, from_at: int, to_at: int, set_by: in
     )
     db.execute(
         """
+        UPDATE monitors
+        SET alert_at = alert_at + :set_by + :to - :from
+        WHERE alert_at IS NOT NULL AND watching = 'yes'
+        """,
+        span,
+    )
+    db.execute(
+        """
         UPDATE deliveries
         SET due_at = due_at + :set_by, first_tried_at = first_tried_at + :set_by
         WHERE state = 'pending'
         """,
         span,
     )
+    db.execute("UPDATE channels SET failing_since = failing_since + :set_by", span)
     if to_at < SANE <= to_at + set_by:  # what a clock that was not set had dated is dated anew
         for table, column in (("heartbeats", "at"), ("events", "at"), ("monitors", "created_at"),
                               ("monitors", "since"), ("monitors", "received_at")):
@@ -1637,18 +1831,33 @@ def channels_due(db: sqlite3.Connection, now: int) -> list[str]:
 
 
 def pending_alerts(db: sqlite3.Connection, channel: str) -> list[sqlite3.Row]:
-    """The channel's unsent deliveries with their events and monitors, in the events' order."""
+    """What a channel has to be told: for each monitor, and each trouble of Larm's, its newest
+    unsent alert, with its event and monitor.
+
+    `ids` are its unsent deliveries, `down_from` is when the first unsent one of them went down,
+    `downs` how often it did so, and `down_for` for how long in all.
+    """
     return db.execute(
         """
-        SELECT d.id, d.attempts, d.due_at, d.first_tried_at, e.type, e.at, e.reason,
-            e.last_heartbeat_at, e.expected_at, e.down_ms, m.key, m.name, h.body, h.exit_status
-        FROM deliveries d
+        SELECT g.*, d.kind, e.type, e.at, e.reason, e.last_heartbeat_at, e.expected_at, e.down_ms,
+            e.topic, e.text, m.key, m.name, h.body, h.exit_status, h.duration_ms
+        FROM (
+            SELECT MAX(d.id) AS id, GROUP_CONCAT(d.id) AS ids, MAX(d.attempts) AS attempts,
+                MIN(d.due_at) AS due_at, MIN(IIF(type = 'down', e.at, NULL)) AS down_from,
+                SUM(kind = 'change' AND type = 'down') AS downs,
+                SUM(IIF(kind = 'change', down_ms, 0)) AS down_for
+            FROM deliveries d
+            JOIN events e ON e.id = d.event_id
+            WHERE d.channel = :channel AND d.state = 'pending'
+            GROUP BY COALESCE(e.topic, e.monitor_id)
+            ORDER BY MAX(d.id)
+            LIMIT :limit
+        ) g
+        JOIN deliveries d ON d.id = g.id
         JOIN events e ON e.id = d.event_id
-        JOIN monitors m ON m.id = e.monitor_id
+        LEFT JOIN monitors m ON m.id = e.monitor_id
         LEFT JOIN heartbeats h ON h.id = e.heartbeat_id
-        WHERE d.channel = :channel AND d.state = 'pending'
-        ORDER BY e.id
-        LIMIT :limit
+        ORDER BY g.id
         """,
         {"channel": channel, "limit": BATCH},
     ).fetchall()
@@ -1656,6 +1865,7 @@ def pending_alerts(db: sqlite3.Connection, channel: str) -> list[sqlite3.Row]:
 
 def note_attempt(
     db: sqlite3.Connection,
+    channel: str,
     deliveries: Iterable[int],
     state: str,
     now: int,
@@ -1679,6 +1889,52 @@ def note_attempt(
             for id in deliveries
         ],
     )
+    db.execute("INSERT OR IGNORE INTO channels (name) VALUES (:name)", {"name": channel})
+    db.execute(
+        """
+        UPDATE channels
+        SET sent_at = IIF(:error IS NULL, :now, sent_at), error = COALESCE(:error, error),
+            failed_at = IIF(:error IS NULL, failed_at, :now),
+            failing_since = IIF(:error IS NULL, NULL, COALESCE(failing_since, :now))
+        WHERE name = :name
+        """,
+        {"name": channel, "error": error, "now": now},
+    )
+
+
+def read_channels(db: sqlite3.Connection) -> dict[str, sqlite3.Row]:
+    """What became of the last attempts to send to each channel, and how many alerts it waits for,
+    by name.
+    """
+    rows = db.execute(
+        """
+        SELECT c.*, COUNT(d.id) AS pending
+        FROM (
+            SELECT * FROM channels
+            UNION
+            SELECT DISTINCT channel, NULL, NULL, NULL, NULL
+            FROM deliveries
+            WHERE state = 'pending' AND channel NOT IN (SELECT name FROM channels)
+        ) c
+        LEFT JOIN deliveries d ON d.channel = c.name AND d.state = 'pending'
+        GROUP BY c.name
+        """
+    )
+    return {row["name"]: row for row in rows}
+
+
+def is_delivery_stuck(db: sqlite3.Connection, now: int) -> bool:
+    """Whether an alert has been due for long, or has been tried for very long, without success."""
+    stuck = db.execute(
+        """
+        SELECT 1
+        FROM deliveries
+        WHERE state = 'pending' AND (due_at < :due OR first_tried_at < :tried)
+        LIMIT 1
+        """,
+        {"due": now - 5 * MINUTE, "tried": now - HOUR},
+    )
+    return stuck.fetchone() is not None
 
 
 def state_changes(db: sqlite3.Connection, start: int) -> dict[int, list[sqlite3.Row]]:
@@ -1688,7 +1944,8 @@ def state_changes(db: sqlite3.Connection, start: int) -> dict[int, list[sqlite3.
         """
         SELECT monitor_id, type, at
         FROM events
-        WHERE at >= :start
+        WHERE monitor_id IS NOT NULL
+        AND at >= :start
         OR id IN (SELECT MAX(id) FROM events WHERE at < :start GROUP BY monitor_id)
         ORDER BY id
         """,
@@ -1755,6 +2012,136 @@ def prune(db: sqlite3.Connection, after: int, count: int, before: int) -> int:
 
 
 # ======================================================================================
+# States: what leads from one state to another, and who is told of it when.
+# ======================================================================================
+
+TRANSITIONS = {  # (state, what happened): (the state then, the event)
+    ("pending", "success"): ("up", None),
+    ("pending", "fail"): ("down", "down"),
+    ("pending", "start"): ("pending", None),
+    ("pending", "log"): ("pending", None),
+    ("pending", "overran"): ("down", "down"),
+    ("up", "success"): ("up", None),
+    ("up", "fail"): ("down", "down"),
+    ("up", "start"): ("up", None),
+    ("up", "log"): ("up", None),
+    ("up", "missed"): ("down", "down"),
+    ("up", "overran"): ("down", "down"),
+    ("down", "success"): ("up", "up"),
+    ("down", "fail"): ("down", None),  # the reason and the output are the newest
+    ("down", "start"): ("down", None),
+    ("down", "log"): ("down", None),
+    ("down", "overran"): ("down", None),
+}
+REASONS = {"fail": "failed", "missed": "missed", "overran": "overran"}
+
+FLAPS, FLAPS_WITHIN = 6, 10  # more changes than that in so many intervals are flapping,
+SETTLED_AFTER = 3  # until the monitor has held one state for so many
+
+
+def enter(
+    db: sqlite3.Connection,
+    family: Mapping[int, Watched],
+    watched: Watched,
+    held: sqlite3.Row,
+    signal: str,
+    at: int,
+    heartbeat_id: int | None = None,
+) -> None:
+    """Take a monitor through TRANSITIONS, if it still is as `held` says (law 4).
+
+    State, event and deliveries are the caller's one transaction. `family`: all that is watched.
+    """
+    state, event = TRANSITIONS[held["state"], signal]
+    if state == held["state"]:
+        newest = newest_event(db, watched.id, "down") if signal == "fail" else None
+        if newest is not None and heartbeat_id is not None:
+            fail_again(db, newest["id"], heartbeat_id)
+        return
+    if not change_state(db, watched, state, at, held):
+        return
+    if state == "up":
+        hear(db, [(watched, at)])
+    if event:
+        add_event(db, watched.id, event, at, held, REASONS.get(signal), heartbeat_id)
+        consider_alert(db, watched, at)
+        dependents = {id for id, one in family.items() if watched.id in one.above}
+        for row in down_monitors(db) if dependents else ():
+            if row["id"] in dependents:
+                consider_alert(db, family[row["id"]], at)
+
+
+def held_until(db: sqlite3.Connection, watched: Watched, row: sqlite3.Row) -> int | None:
+    """Until when the alert about a monitor that is down waits for news of those that it depends
+    on; None: for as long as one of them is down.
+
+    One that was not heard of since may be down, too: its deadline will tell. After its return, a
+    job whose ping was due while it was away has the time that it had left, and one interval.
+    """
+    since: int = row["since"]
+    until, event = since, newest_event(db, watched.id)
+    expected_at = event["expected_at"] if event is not None else None
+    for parent_id in watched.above:
+        parent = read_monitor(db, parent_id)
+        if parent["watching"] != "yes":
+            continue
+        if parent["state"] == "down":
+            return None
+        if (parent["received_at"] or 0) < since:
+            until = max(until, parent["deadline_at"] or 0)
+        back = newest_event(db, parent_id, "up")
+        if back and (row["received_at"] or 0) < back["at"] and (expected_at or since) <= back["at"]:
+            had_left = max(0, since - (back["at"] - back["down_ms"]))
+            until = max(until, back["at"] + had_left + watched.monitor.interval)
+    return until
+
+
+def consider_alert(db: sqlite3.Connection, watched: Watched, now: int) -> None:
+    """Plan the next alert about a monitor, and queue it where it is due by now.
+
+    To be called when its state has changed, or that of one that it depends on, or its settings.
+    """
+    row = read_monitor(db, watched.id)
+    state, told, remind = row["state"], row["told"], watched.monitor.remind
+    due = held_until(db, watched, row) if state == "down" else row["since"]
+    if due is not None and told == "flapping":
+        due = max(due, row["since"] + SETTLED_AFTER * watched.monitor.interval)
+    elif due is not None and state == told:
+        due = min(row["alert_at"] or LONGEST * 1000, now + remind) if (
+            remind and state == "down"
+        ) else None
+    if due != row["alert_at"]:
+        plan_alert(db, watched.id, due)
+    if due is not None and due <= now:
+        send_alert(db, watched, now)
+
+
+def send_alert(db: sqlite3.Connection, watched: Watched, now: int) -> None:
+    """Queue the alert that is due about a monitor: what people do not know yet, or a reminder."""
+    row, event = read_monitor(db, watched.id), newest_event(db, watched.id)
+    monitor, state, told = watched.monitor, row["state"], row["told"]
+    calm_from = row["since"] - FLAPS_WITHIN * monitor.interval
+    waits = state == "down" and held_until(db, watched, row) is None
+    if event is None or waits or (state == told and not monitor.remind):
+        plan_alert(db, watched.id, None)
+        return
+    if told == "flapping":
+        kind, told = "settled", state
+    elif state == told:
+        kind = "reminder"
+    elif count_changes(db, watched.id, calm_from) > FLAPS:
+        kind, told = "flapping", "flapping"
+    else:
+        kind, told = "change", state
+    queue_alert(db, event["id"], kind, monitor.notify, row["alert_at"])
+    if told == "flapping":
+        following = row["since"] + SETTLED_AFTER * monitor.interval
+    else:
+        following = now + monitor.remind if monitor.remind and state == "down" else None
+    plan_alert(db, watched.id, following, told)
+
+
+# ======================================================================================
 # Intake: decides what a ping means. Knows nothing of HTTP.
 # ======================================================================================
 
@@ -1771,19 +2158,6 @@ def read_signal(action: str) -> tuple[str, int | None] | None:
     if _EXIT_STATUS.fullmatch(action) and int(action) <= 255:
         return ("fail" if int(action) else "success"), int(action)
     return None
-
-
-def go_down(
-    db: sqlite3.Connection,
-    watched: Watched,
-    held: sqlite3.Row,
-    at: int,
-    reason: str,
-    heartbeat_id: int | None = None,
-) -> None:
-    """State, event and deliveries, if the monitor still is as `held` says (law 4)."""
-    if change_state(db, watched, "down", at, held):
-        add_event(db, watched, "down", at, held, reason=reason, heartbeat_id=heartbeat_id)
 
 
 class Intake:
@@ -1861,22 +2235,14 @@ class Intake:
     def _change_state(self, db: sqlite3.Connection, one: Received) -> None:
         """What a ping that was stored a moment ago, if it was, does to a monitor's state."""
         held = read_monitor(db, one.watched.id)
-        state = {"success": "up", "fail": "down"}.get(one.ping.signal)
         heartbeat_id = heartbeat_of(db, one)
         if held["watching"] != "yes":
             with self.lock:  # it must not throttle the first ping after the pause
                 self._recent.pop((one.watched.id, one.ping.signal), None)
-            if state == "up":
+            if one.ping.signal == "success":
                 note_received(db, one)
-        elif heartbeat_id is None or state in (None, held["state"]):
-            return
-        elif state == "down":
-            go_down(db, one.watched, held, one.at, "failed", heartbeat_id)
-        elif change_state(db, one.watched, "up", one.at, held):
-            hear(db, [(one.watched, one.at)])
-            if held["state"] == "down":
-                down_ms = max(0, one.at - held["since"])
-                add_event(db, one.watched, "up", one.at, held, None, down_ms, heartbeat_id)
+        elif heartbeat_id is not None:
+            enter(db, self._by_id, one.watched, held, one.ping.signal, one.at, heartbeat_id)
 
     def _current(self, one: Received) -> Received:
         """The same with its monitor as it is configured by now."""
@@ -1922,6 +2288,11 @@ STALL = 2 * SECOND  # a tick so late judges nothing: pings may be waiting to be 
 GAP = 10 * SECOND  # a tick so late means that Larm was stopped
 CLOCK_SET = 5 * SECOND  # a wall clock that moved so far against the monotonic one was set
 PRUNED_A_TICK = 10  # monitors
+CHECK_EVERY = 1 * MINUTE  # of Larm's own health
+LITTLE_SPACE = 50_000_000  # bytes of free disk
+LONG_GAP = FAILING_FOR = 1 * HOUR  # of a gap, of a channel that takes nothing
+UNRECORDED_FOR = 10 * SECOND
+_UNRECORDABLE = "heartbeats can't be recorded"
 TRUST_AFTER = 1 * HOUR  # from the start, or after the clock was set, until its date prunes history
 
 
@@ -1976,7 +2347,7 @@ class Watcher:
         2. Write what only memory knows: throttled pings, and that Larm is alive.
         3. Unless the clock was never set, resume what was paused until now, and, unless this tick
            is late, call down what has missed its deadline.
-        4. With nothing else to do, prune a little.
+        4. With no deadline to judge, queue the alerts that are due, and prune a little.
         5. Sleep until the next deadline or delivery is due, one second at most.
         """
         monotonic = self._clock.monotonic()
@@ -1990,11 +2361,13 @@ class Watcher:
         now = self._clock.now()
         if now >= SANE:
             with self._store.reading() as db:
-                due, ended = overdue(db, now), due_resumptions(db, now)
+                due, ended, untold = overdue(db, now), due_resumptions(db, now), alerts_due(db, now)
             if any(row["id"] in self._by_id for row in ended):
                 self._store.write(lambda db: self._resume(db, now))
             if not due:
                 self._hesitated = 0
+                if untold:
+                    self._store.write(lambda db: self._send_alerts(db, untold, now))
                 self._prune(now)
             elif self._is_punctual(late):
                 self._store.write(lambda db: self._call_down(db, due))
@@ -2099,9 +2472,26 @@ class Watcher:
                 continue
             heard_at = self._intake.heard_since(watched.id, held["counts_from"])
             if heard_at is None:
-                go_down(db, watched, held, held["deadline_at"], "missed")
+                enter(db, self._by_id, watched, held, "missed", held["deadline_at"])
             else:
                 hear(db, [(watched, heard_at)])
+
+    def _send_alerts(
+        self, db: sqlite3.Connection, untold: Iterable[sqlite3.Row], now: int
+    ) -> None:
+        """The operation: the alerts that were held until now, and the reminders."""
+        for row in untold:
+            if watched := self._by_id.get(row["id"]):
+                send_alert(db, watched, now)
+
+    def reconsider_alerts(self, db: sqlite3.Connection) -> None:
+        """The operation: plan alerts anew where that may have changed: a monitor that another one
+        depends on was paused or removed, or a reminder was set in larm.toml.
+        """
+        for row in down_monitors(db):
+            watched = self._by_id.get(row["id"])
+            if watched and (row["alert_at"] is None or row["told"] == "down"):
+                consider_alert(db, watched, self._clock.now())
 
     def _resume(self, db: sqlite3.Connection, now: int) -> None:
         """The operation: the end of timed pauses."""
@@ -2128,6 +2518,87 @@ class Watcher:
 
     def is_stalled(self) -> bool:
         return self._clock.monotonic() - self.ticked > GAP
+
+
+class Health:
+    """Larm's eye on itself: whatever is wrong with it is alerted once, and so is its end."""
+
+    def __init__(self, store: Store, clock: Clock, watcher: Watcher) -> None:
+        self._store = store
+        self._clock = clock
+        self._watcher = watcher
+        self._checked = clock.monotonic() - CHECK_EVERY
+        self._failing_since: int | None = None
+
+    def use(self, config: Config) -> None:
+        self._config = config
+
+    def check(self) -> None:
+        """Once a minute, find what is wrong or is not any more; may raise Unrecordable."""
+        if self._clock.monotonic() - self._checked >= CHECK_EVERY and self._clock.now() >= SANE:
+            self._checked = self._clock.monotonic()
+            free = free_space(self._config.database.parent)
+            self._store.write(lambda db: self._report(db, free))
+
+    def _report(self, db: sqlite3.Connection, free: int) -> None:
+        self._watcher.reconsider_alerts(db)
+        names, now = set(self._config.channels), self._clock.now()
+        for gap in take_untold_gaps(db, LONG_GAP):
+            topic, text = f"gap {gap['id']}", describe_gap(gap, self._config.timezone)
+            report(db, topic, "down", text, names, gap["from_at"])
+            report(db, topic, "up", f"{text}; every deadline was moved by that", names, now)
+        if free < LITTLE_SPACE:
+            text = f"the disk is nearly full\nMake room where {self._config.database} is."
+            report(db, "disk", "down", text, names, now)
+        elif free > LITTLE_SPACE * 1.2:
+            report(db, "disk", "up", "the disk has room again", names, now)
+        for name, channel in read_channels(db).items():
+            since, others = channel["failing_since"], names - {name}
+            if name not in names or since is None:
+                text = f"channel {name} works again" if name in names else f"channel {name} is gone"
+                report(db, f"channel {name}", "up", text, others, now)
+            elif channel["failed_at"] - since >= FAILING_FOR:
+                text = f"channel {name} has taken no alert for an hour"
+                report(db, f"channel {name}", "down", text, others, now)
+
+    def note_file(self, mistakes: Sequence[str]) -> None:
+        """Report the mistakes in a saved larm.toml, or their end; may raise Unrecordable."""
+        path, now = self._config.path, self._clock.now()
+        text = f"{path} has mistakes; the last good one stays in force"
+        text = "\n".join([text, *mistakes[:20]]) if mistakes else f"{path} is in force again"
+        type, names = "down" if mistakes else "up", list(self._config.channels)
+        self._store.write(lambda db: report(db, "file", type, text, names, now))
+
+    def note_recording(self, failure: str | None) -> str | None:
+        """Whether the database could be written, asked at each tick. Returns what to tell people
+        at once, since no outbox can hold it; once it is over, that is an alert like others.
+        """
+        now, since = self._clock.now(), self._failing_since
+        if failure is not None:
+            self._failing_since = since = since or now
+            long = now - since >= UNRECORDED_FOR
+            return f"{_UNRECORDABLE}: {failure}; pings get 503 till then" if long else None
+        self._failing_since = None
+        if since is not None and now - since >= UNRECORDED_FOR:
+            names = list(self._config.channels)
+
+            def tell(db: sqlite3.Connection) -> None:
+                report(db, "database", "down", _UNRECORDABLE, names, since)
+                report(db, "database", "up", "heartbeats are recorded again", names, now)
+
+            self._store.write(tell)
+        return None
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that are free for this user on a folder's disk."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+def describe_gap(gap: Gap, zone: tzinfo) -> str:
+    from_at, to_at = (iso_local(gap[column], zone) for column in ("from_at", "to_at"))
+    return f"Larm itself was not running from {from_at} to {to_at}"
 
 
 def shown_state(row: sqlite3.Row | None, monitor: Monitor, now: int) -> str:
@@ -2191,7 +2662,8 @@ def _covered(spans: Iterable[tuple[int, int]], start: int, end: int) -> int:
 
 PAUSES = (10 * SECOND, 30 * SECOND, MINUTE, 5 * MINUTE, 15 * MINUTE, HOUR)
 LATE = 10 * MINUTE  # a message delivered so long after its event says so
-LISTED = 20  # alerts that one message describes; of the others it gives the number
+LISTED = 20  # alerts that one message describes; of the others it gives the names
+NAMED = 20  # of the monitors that depend on one that is down
 OUTPUT_LINES, OUTPUT_WIDTH = 10, 300  # of the job's output, its last lines
 NAME_SHOWN, NOTE_SHOWN = 200, 1_000  # characters
 
@@ -2290,6 +2762,21 @@ def send(urls: Sequence[str], title: str, body: str, kind: str) -> str | None:
     return mask("; ".join(dict.fromkeys(lines)) or "the service did not accept it", urls)
 
 
+def room(url: str) -> int:
+    """How many characters one message by an Apprise URL may have."""
+    try:
+        service = _apprise().Apprise.instantiate(url)
+        return int(service.body_maxlen) - (NAME_SHOWN if service.title_maxlen <= 0 else 0)
+    except Exception:  # send() tells what is wrong with it
+        return 1_000
+
+
+def send_test(config: Config, channel: str) -> str | None:
+    """Send a test alert through a channel; None once it was accepted, else why not."""
+    text = f"If you can read this, alerts reach you here.\n{config.url}/"
+    return send(config.channels[channel], "Test alert from Larm", text, "info")
+
+
 def ripe(alerts: Sequence[sqlite3.Row], now: int) -> Sequence[sqlite3.Row]:
     """Those of a channel's unsent alerts that are one message now; none before one is due.
 
@@ -2304,6 +2791,20 @@ def ripe(alerts: Sequence[sqlite3.Row], now: int) -> Sequence[sqlite3.Row]:
     return [alert for alert in alerts if alert["due_at"] < first_due_at + DIGEST_WITHIN]
 
 
+Alert = sqlite3.Row  # as pending_alerts() gives it
+
+_CONTROLS = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]"  # ANSI: colours, cursor movements
+    r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\\\)?"  # titles, links
+    "|[^\\S\n\t ]|[\x00-\x08\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+
+
+def plain(text: str) -> str:
+    """Text without what would steer a terminal or turn the direction of reading."""
+    return _CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
 @dataclass(frozen=True)
 class Message:
     title: str
@@ -2311,49 +2812,65 @@ class Message:
     kind: str
 
 
+LABELS = {("change", "down"): "DOWN", ("settled", "down"): "DOWN", ("flapping", "down"): "FLAPPING",
+          ("flapping", "up"): "FLAPPING", ("reminder", "down"): "STILL DOWN",
+          ("change", "up"): "UP", ("settled", "up"): "UP"}
+
+
+def label(alert: Alert) -> str:
+    """DOWN, FLAPPING, STILL DOWN, UP; LARM for what is about Larm itself."""
+    return "LARM" if alert["key"] is None else LABELS[alert["kind"], alert["type"]]
+
+
+def subject(alert: Alert) -> str:
+    """The name of the alert's monitor, or what it says of Larm."""
+    return plain(alert["name"] or alert["text"].partition("\n")[0])[:NAME_SHOWN]
+
+
 def compose(
-    alerts: Sequence[sqlite3.Row], gaps: Sequence[sqlite3.Row], config: Config, now: int
+    alerts: Sequence[Alert], gaps: Sequence[sqlite3.Row], config: Config, now: int, room: int
 ) -> Message:
-    """One message of a channel's unsent alerts (as pending_alerts() gives them), at least one."""
-    latest = {alert["key"]: alert for alert in alerts}
-    names: dict[str, list[str]] = {"down": [], "up": []}
-    for alert in latest.values():
-        names[alert["type"]].append(alert["name"][:NAME_SHOWN])
+    """One message of a channel's unsent alerts (as pending_alerts() gives them), at least one.
+
+    Several keep to `room` characters: the first are described, the others named, and of what is
+    left the message says how many there are and where.
+    """
+    names: dict[str, list[str]] = {found: [] for found in dict.fromkeys([*LABELS.values(), "LARM"])}
+    for alert in alerts:
+        names[label(alert)].append(subject(alert))
     title = ", ".join(
-        f"{type.upper()}: {found[0] if len(found) == 1 else counted(len(found), 'monitor')}"
-        for type, found in names.items()
+        f"{word}: {found[0] if len(found) == 1 else counted(len(found), 'monitor')}"
+        for word, found in names.items()
         if found
     )
-    texts = [_describe(alert, gaps, config, now) for alert in alerts[:LISTED]]
-    if len(alerts) > LISTED:
-        texts.append(f"And {len(alerts) - LISTED} more: {config.url}/")
-    kind = "failure" if names["down"] else "success"
-    return Message(" ".join(title.split()), "\n\n".join(texts), kind)
+    text = ""
+    for number, alert in enumerate(alerts):
+        rest = f"\n\nAnd {len(alerts) - number} more: {config.url}/"
+        short = f"{label(alert)}: {subject(alert)}"
+        full = _describe(alert, gaps, config, now) if number < LISTED else short
+        left = room - len(text) - len(rest)
+        chosen = next((one for one in (full, short) if len(one) + 2 <= left), None)
+        if len(alerts) > 1 and chosen is None:
+            text += rest
+            break
+        between = "\n" if number > LISTED else "\n\n" if text else ""
+        text += between + (chosen or full)
+    kinds = {"failure": names["DOWN"], "warning": names["FLAPPING"] + names["STILL DOWN"]}
+    troubles = [alert["type"] == "down" for alert in alerts if alert["key"] is None]
+    kinds["warning"] += ["LARM"] if any(troubles) else []
+    return Message(title, text, next((kind for kind, found in kinds.items() if found), "success"))
 
 
 def _describe(
-    alert: sqlite3.Row, gaps: Sequence[sqlite3.Row], config: Config, now: int
+    alert: Alert, gaps: Sequence[sqlite3.Row], config: Config, now: int
 ) -> str:
     """What happened and when, what was expected, what the job said, and where to look."""
-
-    def moment(at: int) -> str:
-        return iso_local(at, config.timezone)
-
     monitor = config.monitors.get(alert["key"])
-    name, at, last = alert["name"][:NAME_SHOWN], alert["at"], alert["last_heartbeat_at"]
-    when = f"{moment(at)}, {far_from(at, now)}"
-    lines = []
-    if alert["type"] == "up":
-        lasted = format_duration(alert["down_ms"])
-        lines.append(f"{name} is up again, after {lasted} down ({when}).")
-    elif alert["reason"] == "failed":
-        status = alert["exit_status"]
-        said = "the job reported a failure" if status is None else f"exit status {status}"
-        lines.append(f"{name} is down: {said} ({when}).")
-    else:
-        lines.append(f"{name} is down: no heartbeat by {when}.")
+    at, last = alert["at"], alert["last_heartbeat_at"]
+    lines = [_headline(alert, config, now)]
     if alert["type"] == "down" and last is not None and at - last >= SECOND:
-        lines.append(f"Last heartbeat: {moment(last)}, {format_duration(at - last)} before.")
+        since = iso_local(last, config.timezone)
+        lines.append(f"Last heartbeat: {since}, {format_duration(at - last)} before.")
     if alert["reason"] == "missed" and monitor:
         lines.append(f"Expected: {describe_rhythm(monitor)}.")
     if alert["reason"] == "missed" and last is not None:
@@ -2362,24 +2879,56 @@ def _describe(
             for gap in gaps
             if last < gap["to_at"] and gap["from_at"] < at and is_long(gap)
         ]
-    if now - at > LATE:
+    if alert["type"] == "down" and monitor:
+        names = [one.name for one in config.monitors.values()
+                 if monitor.key in ancestors(config.monitors, one.key)]
+        if names:
+            verb = "depends" if len(names) == 1 else "depend"
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            lines.append(f"{counted(len(names), 'monitor')} {verb} on it: "
+                         f"{', '.join(names[:NAMED])}{more}.")
+    if alert["kind"] != "reminder" and now - at > LATE:
         lines.append("This alert is late: it could not be delivered before.")
-    if output := (alert["body"] or "").strip():
+    if output := plain(alert["body"] or "").strip():
         lines += ["Output:", *(line[:OUTPUT_WIDTH] for line in output.splitlines()[-OUTPUT_LINES:])]
     if monitor and monitor.note:
-        lines.append(monitor.note[:NOTE_SHOWN])
-    lines.append(f"{config.url}/monitor/{alert['key']}")
+        lines.append(plain(monitor.note)[:NOTE_SHOWN])
+    lines.append(f"{config.url}/monitor/{alert['key']}" if alert["key"] else f"{config.url}/")
     return "\n".join(lines)
+
+
+def _headline(alert: Alert, config: Config, now: int) -> str:
+    """What has happened to a monitor, or to Larm, and when."""
+    name, at = subject(alert), alert["at"]
+    when = f"{iso_local(at, config.timezone)}, {far_from(at, now)}"
+    if alert["key"] is None:
+        return f"Larm: {plain(alert['text'])} ({when})."
+    if alert["kind"] == "flapping":
+        held = format_duration(SETTLED_AFTER * config.monitors[alert["key"]].interval)
+        return (f"{name} is flapping: it went down and came up again and again, and is "
+                f"{alert['type']} now ({when}). The next alert comes when it has been up or down "
+                f"for {held}.")
+    if alert["kind"] == "settled":
+        return f"{name} has stopped flapping: it has been {alert['type']} since {when}."
+    if alert["type"] == "up" and alert["downs"]:
+        from_at = iso_local(alert["down_from"], config.timezone)
+        often = "" if alert["downs"] == 1 else f" {alert['downs']} times"
+        return (f"{name} was down{often} from {from_at} to {iso_local(at, config.timezone)}, "
+                f"for {format_duration(alert['down_for'])}, and is up again.")
+    if alert["type"] == "up":
+        return f"{name} is up again, after {format_duration(alert['down_ms'])} down ({when})."
+    reminds = alert["kind"] == "reminder"
+    still = f"still down, for {format_duration(now - at)}" if reminds else "down"
+    if alert["reason"] == "failed":
+        status = alert["exit_status"]
+        said = "the job reported a failure" if status is None else f"exit status {status}"
+        return f"{name} is {still}: {said} ({when})."
+    return f"{name} is {still}: no heartbeat by {when}."
 
 
 def is_long(gap: sqlite3.Row) -> bool:
     """Whether a gap in Larm's attention is worth a word: a restart within seconds is not."""
     return gap["monitor_id"] is None and bool(gap["to_at"] - gap["from_at"] > GAP)
-
-
-def describe_gap(gap: sqlite3.Row, zone: tzinfo) -> str:
-    from_at, to_at = (iso_local(gap[column], zone) for column in ("from_at", "to_at"))
-    return f"Larm itself was not running from {from_at} to {to_at}"
 
 
 def upcoming(monitor: Monitor, zone: tzinfo, now: int) -> list[str]:
@@ -2409,6 +2958,8 @@ class Notifier:
         self._clock = clock
         self._config: Config | None = None
         self._senders: dict[str, threading.Thread] = {}
+        self._accepted: dict[tuple[str, str], set[int]] = {}  # of a channel's URLs some may fail
+        self._warning: dict[str, threading.Thread] = {}
         self._stopping = threading.Event()
 
     def use(self, config: Config) -> None:
@@ -2451,32 +3002,71 @@ class Notifier:
             gaps = gaps_since(db, min(heard))
         urls = config.channels.get(channel)
         if urls is None:
-            self._note(alerts, "failed", "the channel is not in the configuration any more", 0)
+            gone = "the channel is not in the configuration any more"
+            self._note(channel, alerts, "failed", gone, 0)
             return True
-        message = compose(alerts, gaps, config, now)
-        error = send(urls, message.title, message.body, message.kind)
-        if error is None:
-            self._note(alerts, "sent", None, 0)
-            log.info("%s: sent %s", channel, message.title)
+        errors = [
+            error for url in urls if (error := self._send_to(channel, url, alerts, gaps, config))
+        ]
+        if not errors:
+            self._note(channel, alerts, "sent", None, 0)
+            log.info("%s: sent %s", channel, "; ".join(f"{label(one)}: {subject(one)}"
+                                                       for one in alerts[:5]))
             return True
-        self._retry(channel, alerts, error)
+        self._retry(channel, alerts, "; ".join(dict.fromkeys(errors)))
         return False
+
+    def _send_to(
+        self,
+        channel: str,
+        url: str,
+        alerts: Sequence[Alert],
+        gaps: Sequence[sqlite3.Row],
+        config: Config,
+    ) -> str | None:
+        """Send by one of a channel's URLs what it has not accepted before; None, or the error."""
+        accepted = self._accepted.setdefault((channel, url), set())
+        accepted &= {alert["id"] for alert in alerts}
+        missing = [alert for alert in alerts if alert["id"] not in accepted]
+        if not missing:
+            return None
+        message = compose(missing, gaps, config, self._clock.now(), room(url))
+        error = send([url], message.title, message.body, message.kind)
+        if error is None:
+            accepted.update(alert["id"] for alert in missing)
+        return error
+
+    def warn(self, text: str, is_over: Callable[[], bool]) -> None:
+        """Tell every channel at once what no outbox can hold; tries again until it is over."""
+        for channel, urls in self._config.channels.items() if self._config else ():
+            if channel not in self._warning or not self._warning[channel].is_alive():
+                self._warning[channel] = threading.Thread(
+                    target=self._warn, args=(urls, text, is_over), daemon=True
+                )
+                self._warning[channel].start()
+
+    def _warn(self, urls: Sequence[str], text: str, is_over: Callable[[], bool]) -> None:
+        for pause in (0, *PAUSES):
+            if self._stopping.wait(pause / SECOND) or is_over():
+                return
+            if send(urls, f"LARM: {text.partition(':')[0]}", f"Larm: {text}.", "failure") is None:
+                return
 
     def _retry(self, channel: str, alerts: Sequence[sqlite3.Row], error: str) -> None:
         attempts = max(alert["attempts"] for alert in alerts)
         pause = round(PAUSES[min(attempts, len(PAUSES) - 1)] * random.uniform(1, 1.1))
-        self._note(alerts, "pending", error, pause)
+        self._note(channel, alerts, "pending", error, pause)
         log.warning("%s: not sent: %s; next try in %s", channel, error, format_duration(pause))
 
     def _note(
-        self, alerts: Iterable[sqlite3.Row], state: str, error: str | None, pause: int
+        self, channel: str, alerts: Iterable[Alert], state: str, error: str | None, pause: int
     ) -> None:
         """Keep at it until it is on disk: what was sent must not be sent again for a full disk."""
-        ids = [alert["id"] for alert in alerts]
+        ids = [int(id) for alert in alerts for id in alert["ids"].split(",")]
 
         def note(db: sqlite3.Connection) -> None:
             now = self._clock.now()
-            note_attempt(db, ids, state, now, now + pause, error)
+            note_attempt(db, channel, ids, state, now, now + pause, error)
 
         while True:
             with contextlib.suppress(Unrecordable):
@@ -3016,7 +3606,7 @@ REFUSAL = """<!doctype html>
 # Larm: wires the rooms, starts and stops them. The only place that knows them all.
 # ======================================================================================
 
-STOP_WITHIN = 4.0  # seconds, of the 5 that interface.md gives
+STOP_WITHIN = 5.0  # seconds, for what is being sent
 LOOK = 0.5  # seconds between two looks at larm.toml; it is read when two of them agree
 
 
@@ -3053,6 +3643,16 @@ def describe_changes(old: Config, new: Config) -> str:
     return "; ".join(found) or "no setting changed"
 
 
+def fetch(url: str) -> str | None:
+    """GET a URL; None if the answer was a success, else why not, without the URL."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            answer.read(1)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return mask(str(error) or type(error).__name__, [url])
+    return None
+
+
 class Larm:
     """A running Larm: one configuration, one database, one listening address."""
 
@@ -3063,6 +3663,7 @@ class Larm:
         self.store = Store(config.database)
         self.intake = Intake(self.store, clock)
         self.watcher = Watcher(self.store, clock, self.intake)
+        self.health = Health(self.store, clock, self.watcher)
         self.notifier = Notifier(self.store, clock)
         self.web = Web(self.store, clock, self.intake, self.watcher)
         self._stopping = threading.Event()
@@ -3095,6 +3696,7 @@ class Larm:
             self.watcher.use(self._watched, self.config.keep)
             raise
         self.config = config
+        self.health.use(config)
         self.notifier.use(config)
         self.web.use(config)
 
@@ -3113,6 +3715,7 @@ class Larm:
                 for mistake in error.mistakes[:20]:
                     log.error("%s; the last good configuration stays in force", mistake)
             self.web.mistakes = error.mistakes
+            self.health.note_file(error.mistakes)
             return
         self.web.mistakes = ()
         old = self.config
@@ -3129,6 +3732,7 @@ class Larm:
             return
         log.info("%s applied: %s", config.path, describe_changes(old, config))
         warn_of(config)
+        self.health.note_file(())
 
     def listen(self) -> None:
         """Bind the address; raises OSError."""
@@ -3157,7 +3761,8 @@ class Larm:
 
     def run(self) -> str | None:
         """Serve until a stop is asked for; returns why it ended otherwise."""
-        for name, target in (("watcher", self._watch), ("server", self._server.run)):
+        rooms = {"watcher": self._watch, "server": self._server.run, "watchdog": self._feed}
+        for name, target in rooms.items():
             thread = threading.Thread(target=target, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -3180,15 +3785,44 @@ class Larm:
         while not self._stopping.wait(planned / SECOND):
             try:
                 planned = self.watcher.tick(planned)
+                self.health.note_recording(None)
+                self.health.check()
                 self.notifier.deliver_due()
                 failed = ""
-            except Unrecordable:  # the writer says so in the log, once
+            except Unrecordable as error:  # the writer says so in the log, once
                 planned = TICK
+                if urgent := self.health.note_recording(str(error)):
+                    self.notifier.warn(urgent, lambda: self.store.failure is None)
             except Exception as error:
                 planned, before = TICK, failed
                 failed = f"{type(error).__name__}: {error}"
                 if failed != before:
                     log.error("the watcher failed: %s", failed)
+
+    def _feed(self) -> None:
+        """Ping the watchdog while Larm is well: then, and only then, it stays calm."""
+        waited, failed = 0.0, False
+        while not self._stopping.wait(1):
+            watchdog = self.config.watchdog
+            waited += SECOND
+            if watchdog is None or waited < watchdog.interval or not self._is_well():
+                continue
+            waited = 0.0
+            error = fetch(watchdog.ping)
+            if bool(error) != failed:
+                failed = bool(error)
+                log.warning("the watchdog %s", f"was not reached: {error}" if error
+                            else "is reached again")
+
+    def _is_well(self) -> bool:
+        """Whether the watcher ticks, the writer commits and alerts get out."""
+        if self.watcher.is_stalled() or self.store.failure:
+            return False
+        try:
+            with self.store.reading() as db:
+                return not is_delivery_stuck(db, self.clock.now())
+        except sqlite3.Error:
+            return False
 
     def close(self) -> None:
         """Answer what is being asked, send what is being sent, and close the database.
@@ -3202,7 +3836,7 @@ class Larm:
             if thread.name == "watcher":
                 thread.join(1)
         self.watcher.end()
-        self.notifier.stop(max(0.0, end - time.monotonic() - 0.5))
+        self.notifier.stop(max(0.0, end - time.monotonic()))
         self.store.close()
 
 
@@ -3456,8 +4090,8 @@ def test(arguments: argparse.Namespace) -> int:
         raise UserError(f"{config.path}: no channels: add one under [channels]", UNUSABLE)
     failed = 0
     for name in dict.fromkeys(chosen):
-        error = send(config.channels[name], "Test alert from Larm",
-                     f"If you can read this, alerts reach you here.\n{config.url}/", "info")
+        with contextlib.redirect_stdout(io.StringIO()):  # a plugin may print, secrets too
+            error = send_test(config, name)
         failed += error is not None
         print(f"{name}: {'sent' if error is None else f'not sent: {error}'}")
     return BAD_NEWS if failed else DONE

@@ -73,6 +73,7 @@ class House:
         self.store = larm.Store(self.config.database)
         self.intake = larm.Intake(self.store, self.clock)
         self.watcher = larm.Watcher(self.store, self.clock, self.intake)
+        self.health = larm.Health(self.store, self.clock, self.watcher)
         self.notifier = larm.Notifier(self.store, self.clock)
         self.watcher.begin()
         self.use()
@@ -93,6 +94,7 @@ class House:
             self.watched = {one.monitor.key: one for one in watched}
 
         self.store.write(put)
+        self.health.use(self.config)
         self.notifier.use(self.config)
 
     def stop(self) -> None:
@@ -121,6 +123,7 @@ class House:
     def tick(self) -> None:
         """A tick of the watcher that comes when it was planned."""
         self.watcher.tick(self.clock.monotonic() - self.watcher.ticked)
+        self.health.check()
 
     def watch_for(self, ms: int, step: int = 1_000) -> None:
         """Let time pass with a tick each step, as the running watcher would."""

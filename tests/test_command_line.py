@@ -441,17 +441,6 @@ def test_a_database_that_cannot_be_is_one_line(database, tmp_path):
     assert (tmp_path / "larm.toml").read_text() == text
 
 
-def test_check_and_the_log_name_settings_that_are_not_acted_upon_yet(start, tmp_path):
-    text = (
-        '[monitors.router]\ninterval = 60\n[watchdog]\nping = "http://127.0.0.1:9/x"\n'
-        '[monitors.job]\ninterval = 60\nremind = "1d"\nmax_runtime = "1h"\n'
-        'depends_on = ["router"]\n'
-    )
-    said = "not acted upon yet by this version: remind, max_runtime, depends_on, watchdog"
-    assert said in start(text).log
-    assert said in run_larm(tmp_path, "check").stderr
-
-
 def test_status_needs_no_variable_of_the_channels(tmp_path):
     text = '[channels]\nphone = "ntfy://${NOT_SET}"\n[monitors.job]\ninterval = 60\n'
     write_config(tmp_path, text)

@@ -143,7 +143,7 @@ def test_a_failure_after_a_missed_deadline_is_no_second_event(house):
     larm.ping("job")
     larm.watch_for(80_000)
     larm.ping("job", "fail")
-    assert changes(larm) == [("down", "missed", DEADLINE)]
+    assert changes(larm) == [("down", "failed", DEADLINE)]  # with the newest reason
 
 
 def test_a_failed_monitor_misses_no_deadline(house):
@@ -347,7 +347,7 @@ def test_events_are_dated_as_a_small_oracle_says(interval, grace, steps):
     grace = round(interval * grace)
     text = f"[monitors.job]\ninterval = {interval / 1000}\ngrace = {grace / 1000}\n"
     expected: list[tuple[str, str | None, int, int | None]] = []
-    deadline_at = down_since = None
+    deadline_at = down_since = last_fail = None
     with tempfile.TemporaryDirectory() as folder:
         larm = House(Path(folder), text)
         for silence, action in [(0, ""), *steps]:
@@ -360,7 +360,10 @@ def test_events_are_dated_as_a_small_oracle_says(interval, grace, steps):
             larm.ping("job", action)
             if action == "fail" and down_since is None:
                 expected.append(("down", "failed", now, None))
-                down_since, deadline_at = now, None
+                down_since, deadline_at, last_fail = now, None, now
+            elif action == "fail" and (last_fail is None or now - last_fail >= interval / 10):
+                expected[-1] = ("down", "failed", expected[-1][2], None)  # the newest reason
+                last_fail = now
             elif action == "":
                 if down_since is not None:
                     expected.append(("up", None, now, now - down_since))

@@ -340,7 +340,7 @@ def test_500_alerts_are_one_message_that_says_how_many_more(house, webhook):
     [alert] = webhook.alerts
     assert alert["title"] == "DOWN: 500 monitors"
     assert alert["message"].count(" is down: ") == 20
-    assert "And 480 more: http://127.0.0.1:5276/" in alert["message"]
+    assert all(key in alert["message"] for key in keys)
     assert set(states(larm)) == {"sent"}
 
 
@@ -355,8 +355,7 @@ def test_a_down_and_its_up_that_are_both_unsent_are_one_message(house, webhook):
     [alert] = webhook.alerts
     assert alert["title"] == "UP: job"
     assert alert["type"] == "success"
-    assert "job is down" in alert["message"]
-    assert "job is up again" in alert["message"]
+    assert re.search(r"job was down from .* to .*, for 1[0-9.]+ s, and is up again", alert["message"])
     assert states(larm) == ["sent", "sent"]
 
 
