@@ -396,7 +396,7 @@ def test_a_monitor_that_is_paused_just_then_is_not_called_down(house):
         due = program.overdue(db, larm.clock.now())
     job, now = larm.config.monitors["job"], larm.clock.now()
     larm.store.write(lambda db: program.pause_or_resume(db, job, "pause", None, now))
-    larm.store.write(lambda db: larm.watcher._call_down(db, due))
+    larm.store.write(lambda db: larm.watcher._call_down(db, due, ()))
     assert (larm.events(), larm.state("job")) == ([], "paused")
 
 
