@@ -1625,14 +1625,16 @@ def read_monitors(db: sqlite3.Connection) -> dict[str, sqlite3.Row]:
     return {row["key"]: row for row in rows}
 
 
-def overdue(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
-    """The monitors whose deadline has passed, longest ago first."""
+def due_monitors(db: sqlite3.Connection, column: str, now: int) -> list[sqlite3.Row]:
+    """The watched monitors of which a moment, deadline_at or alert_at, has passed, longest ago
+    first.
+    """
     return db.execute(
-        """
+        f"""
         SELECT *
         FROM monitors
-        WHERE deadline_at < :now AND watching = 'yes'
-        ORDER BY deadline_at
+        WHERE {column} < :now AND watching = 'yes'
+        ORDER BY {column}
         LIMIT :limit
         """,
         {"now": now, "limit": BATCH},
@@ -1729,23 +1731,20 @@ def plan_alert(
     )
 
 
-def alerts_due(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
-    """The monitors about which an alert is due."""
+def down_monitors(db: sqlite3.Connection) -> list[sqlite3.Row]:
+    return db.execute(
+        "SELECT * FROM monitors WHERE state = 'down' AND watching = 'yes'"
+    ).fetchall()
+
+
+def held_alerts(db: sqlite3.Connection) -> list[sqlite3.Row]:
+    """The monitors that are down, but whose alert waits for news of those that they depend on."""
     return db.execute(
         """
         SELECT *
         FROM monitors
-        WHERE alert_at < :now AND watching = 'yes'
-        ORDER BY alert_at
-        LIMIT :limit
-        """,
-        {"now": now, "limit": BATCH},
-    ).fetchall()
-
-
-def down_monitors(db: sqlite3.Connection) -> list[sqlite3.Row]:
-    return db.execute(
-        "SELECT * FROM monitors WHERE state = 'down' AND watching = 'yes'"
+        WHERE alert_at IS NOT NULL AND watching = 'yes' AND state = 'down' AND told = 'up'
+        """
     ).fetchall()
 
 
@@ -2088,63 +2087,47 @@ def state_changes(db: sqlite3.Connection, start: int) -> dict[int, list[sqlite3.
     return changes
 
 
-def prune(db: sqlite3.Connection, after: int, count: int, before: int) -> int:
-    """Delete a little of what may go: gaps, and events but for those of monitors that are still
-    down, that are older than `before`; and, of the `count` monitors whose ids follow `after`, the
-    removed ones too, heartbeats that are older or not among the newest, and the bodies of those
-    that are not among the very newest, but for those of an event.
-    Returns the last of these monitors' ids, 0 after them all.
+def prune_heartbeats(db: sqlite3.Connection, after: int, count: int, before: int) -> int:
+    """Delete, of the `count` monitors whose ids follow `after`, the removed ones too, heartbeats
+    that are older than `before` or not among the newest, and the bodies of those that are not among
+    the very newest; but for those of an event. Returns the last of these ids, 0 after them all.
     """
     monitors = db.execute(
         "SELECT id FROM monitors WHERE id > :after ORDER BY id LIMIT :count",
         {"after": after, "count": count},
     ).fetchall()
-    limits = {"before": before, "kept": NEWEST_KEPT, "limit": BATCH}
-    db.executemany(
-        """
-        DELETE FROM heartbeats
-        WHERE id IN (
-            SELECT id
-            FROM heartbeats h
-            WHERE monitor_id = :monitor
-            AND (
-                at < :before
-                OR id <= (
-                    SELECT id
-                    FROM heartbeats
-                    WHERE monitor_id = :monitor
-                    ORDER BY id DESC
-                    LIMIT 1 OFFSET :kept
-                )
-            )
-            AND NOT EXISTS (SELECT 1 FROM events WHERE heartbeat_id = h.id)
-            ORDER BY id
-            LIMIT :limit
-        )
-        """,
-        [limits | {"monitor": row["id"]} for row in monitors],
-    )
-    db.executemany(
-        """
-        UPDATE heartbeats
-        SET body = NULL
-        WHERE id IN (
-            SELECT id
-            FROM heartbeats h
-            WHERE monitor_id = :monitor AND body IS NOT NULL
-            AND id <= (
+    old = """
+        SELECT id
+        FROM heartbeats h
+        WHERE monitor_id = :monitor
+        AND (
+            at < :before
+            OR id <= (
                 SELECT id
                 FROM heartbeats
                 WHERE monitor_id = :monitor
                 ORDER BY id DESC
                 LIMIT 1 OFFSET :kept
             )
-            AND NOT EXISTS (SELECT 1 FROM events WHERE heartbeat_id = h.id)
-            LIMIT :limit
         )
-        """,
-        [limits | {"monitor": row["id"], "kept": BODIES_KEPT} for row in monitors],
-    )
+        AND NOT EXISTS (SELECT 1 FROM events WHERE heartbeat_id = h.id)
+        ORDER BY id
+        LIMIT :limit
+        """
+    for row in monitors:
+        db.execute(
+            f"DELETE FROM heartbeats WHERE id IN ({old})",
+            {"monitor": row["id"], "before": before, "kept": NEWEST_KEPT, "limit": BATCH},
+        )
+        db.execute(
+            f"UPDATE heartbeats SET body = NULL WHERE body IS NOT NULL AND id IN ({old})",
+            {"monitor": row["id"], "before": 0, "kept": BODIES_KEPT, "limit": NEWEST_KEPT},
+        )
+    return monitors[-1]["id"] if monitors else 0
+
+
+def prune_events(db: sqlite3.Connection, before: int) -> None:
+    """Delete some of the gaps and events that are older, but for what still matters."""
     db.execute(
         """
         DELETE FROM events
@@ -2159,10 +2142,9 @@ def prune(db: sqlite3.Connection, after: int, count: int, before: int) -> int:
             LIMIT :limit
         )
         """,
-        limits,
+        {"before": before, "limit": BATCH},
     )
-    db.execute("DELETE FROM gaps WHERE to_at < :before", limits)
-    return monitors[-1]["id"] if monitors else 0
+    db.execute("DELETE FROM gaps WHERE to_at < :before", {"before": before})
 
 
 # ======================================================================================
@@ -2257,7 +2239,8 @@ def consider_alert(db: sqlite3.Connection, watched: Watched, now: int) -> None:
     """
     row = read_monitor(db, watched.id)
     state, told, remind = row["state"], row["told"], watched.monitor.remind
-    due = held_until(db, watched, row) if state == "down" else row["since"]
+    due = held_until(db, watched, row) if state == "down" else now
+    due = due and max(due, now)
     if due is not None and told == "flapping":
         due = max(due, row["since"] + SETTLED_AFTER * watched.monitor.interval)
     elif due is not None and state == told:
@@ -2526,8 +2509,9 @@ class Watcher:
         now = self._clock.now()
         if now >= SANE:
             with self._store.reading() as db:
-                due, runs = overdue(db, now), overrun(db, now)
-                ended, untold = due_resumptions(db, now), alerts_due(db, now)
+                due, runs = due_monitors(db, "deadline_at", now), overrun(db, now)
+                untold = due_monitors(db, "alert_at", now) + self._released(db)
+                ended = due_resumptions(db, now)
             if any(row["id"] in self._by_id for row in ended):
                 self._store.write(lambda db: self._resume(db, now))
             if not due and not runs:
@@ -2652,13 +2636,25 @@ class Watcher:
                 enter(db, self._by_id, watched, held, "overran", run["ends_by"])
                 limit_no_more(db, "id", run["id"])
 
+    def _released(self, db: sqlite3.Connection) -> list[sqlite3.Row]:
+        """The monitors whose alerts wait no longer: all that they depend on was heard of since."""
+        return [
+            row
+            for row in held_alerts(db)
+            if (watched := self._by_id.get(row["id"]))
+            and held_until(db, watched, row) == row["since"]
+        ]
+
     def _send_alerts(
         self, db: sqlite3.Connection, untold: Iterable[sqlite3.Row], now: int
     ) -> None:
         """The operation: the alerts that were held until now, and the reminders."""
         for row in untold:
             if watched := self._by_id.get(row["id"]):
-                send_alert(db, watched, now)
+                if row["alert_at"] > now:
+                    consider_alert(db, watched, now)
+                else:
+                    send_alert(db, watched, now)
 
     def reconsider_alerts(self, db: sqlite3.Connection) -> None:
         """The operation: plan alerts anew where that may have changed: a monitor that another one
@@ -2677,8 +2673,12 @@ class Watcher:
 
     def _prune(self, now: int) -> None:
         before = now - self._keep if self.ticked >= self._trusted_from else 0
-        after = self._pruned
-        self._pruned = self._store.write(lambda db: prune(db, after, PRUNED_A_TICK, before))
+
+        def prune(db: sqlite3.Connection) -> int:
+            prune_events(db, before)
+            return prune_heartbeats(db, self._pruned, PRUNED_A_TICK, before)
+
+        self._pruned = self._store.write(prune)
 
     def _until_next(self, now: int) -> int:
         with self._store.reading() as db:
@@ -3176,9 +3176,11 @@ def _headline(alert: Alert, config: Config, now: int) -> str:
     if alert["key"] is None:
         return f"Larm: {plain(alert['text'])} ({when})."
     if alert["kind"] == "flapping":
+        monitor = config.monitors.get(alert["key"])
+        held = format_duration(SETTLED_AFTER * monitor.interval) if monitor else "a while"
         return (f"{name} is flapping: it went down and came up again and again, and is "
                 f"{alert['type']} now ({when}). The next alert comes when it has been up or down "
-                f"for {SETTLED_AFTER} intervals.")
+                f"for {held}.")
     if alert["kind"] == "settled":
         return f"{name} has stopped flapping: it has been {alert['type']} since {when}."
     if alert["type"] == "up" and alert["downs"]:
