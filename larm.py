@@ -76,6 +76,7 @@ DAY = 24 * HOUR
 WEEK = 7 * DAY
 
 LONGEST = 366 * DAY  # of an interval
+NEVER = 1000 * LONGEST
 SANE = 1_577_836_800_000  # 2020-01-01: a clock before it has not been set since the machine started
 
 _UNITS = {"w": WEEK, "d": DAY, "h": HOUR, "m": MINUTE, "s": SECOND}
@@ -311,7 +312,7 @@ class Monitor:
             expected_at = received_at + self.interval
         else:
             early = min(self.grace, self.interval // 10)
-            expected_at = (self.schedule.next_after(received_at + early) or [LONGEST * 1000])[0]
+            expected_at = (self.schedule.next_after(received_at + early) or [NEVER])[0]
         return expected_at, expected_at + self.grace
 
 
@@ -2232,21 +2233,30 @@ def held_until(db: sqlite3.Connection, watched: Watched, row: sqlite3.Row) -> in
     return until
 
 
+def next_alert_at(
+    db: sqlite3.Connection, watched: Watched, row: sqlite3.Row, now: int
+) -> int | None:
+    """When the next alert about a monitor is due, as things stand; None: there is none."""
+    monitor, is_down, since = watched.monitor, row["state"] == "down", int(row["since"])
+    until = held_until(db, watched, row) if is_down else now
+    if until is None:
+        return None
+    if row["told"] == "flapping":
+        return max(until, since + SETTLED_AFTER * monitor.interval)
+    if row["told"] != row["state"]:
+        return max(until, now)
+    if is_down and monitor.remind:
+        return min(row["alert_at"] or NEVER, now + monitor.remind)
+    return None
+
+
 def consider_alert(db: sqlite3.Connection, watched: Watched, now: int) -> None:
     """Plan the next alert about a monitor, and queue it where it is due by now.
 
     To be called when its state has changed, or that of one that it depends on, or its settings.
     """
     row = read_monitor(db, watched.id)
-    state, told, remind = row["state"], row["told"], watched.monitor.remind
-    due = held_until(db, watched, row) if state == "down" else now
-    due = due and max(due, now)
-    if due is not None and told == "flapping":
-        due = max(due, row["since"] + SETTLED_AFTER * watched.monitor.interval)
-    elif due is not None and state == told:
-        due = min(row["alert_at"] or LONGEST * 1000, now + remind) if (
-            remind and state == "down"
-        ) else None
+    due = next_alert_at(db, watched, row, now)
     if due != row["alert_at"]:
         plan_alert(db, watched.id, due)
     if due is not None and due <= now:
