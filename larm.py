@@ -3828,13 +3828,13 @@ def find_ping_url(arguments: argparse.Namespace, key: str | None) -> str:
             name, url = "LARM_URL", os.environ.get("LARM_URL")
         if not url and name == "LARM_URL":
             raise Unreported("name a monitor, larm.py run KEY -- COMMAND, or set LARM_URL")
-        plain = re.fullmatch(r"(https?://[^\s/?#@]+[!-~]*?)/*([?#].*)?", url.strip(), re.IGNORECASE)
-        if not plain:
+        shape = r"(https?://[^\s/?#@]+(?:/[!-~]*?)?)/*([?#].*)?"
+        if not (found := re.fullmatch(shape, url.strip(), re.IGNORECASE)):
             raise Unreported(f"{name}: must look like http://nas.lan:5276/api/heartbeat/TOKEN")
-        return plain[1]
+        return found[1]
     here = Path("larm.toml")
-    found = here if here.exists() else Path(__file__).with_name("larm.toml")  # cron starts at home
-    path: Path = getattr(arguments, "config", found)
+    beside = Path(__file__).with_name("larm.toml")  # cron starts at home
+    path: Path = getattr(arguments, "config", here if here.exists() else beside)
     try:
         address = load_address(path.absolute(), key, os.environ)
         if address.token:
