@@ -3287,11 +3287,12 @@ def ping(url: str, body: bytes) -> str | None:
     import urllib.request
 
     opener = urllib.request.OpenerDirector()  # without redirects, which would lose the body
-    for handler in (
-        urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
-        urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler,
-    ):
-        opener.add_handler(handler())
+    opener.add_handler(urllib.request.ProxyHandler())
+    if url.lower().startswith("https:"):  # otherwise not, for it loads all the certificates
+        opener.add_handler(urllib.request.HTTPSHandler())
+    opener.add_handler(urllib.request.HTTPHandler())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
+    opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
     headers = {"User-Agent": f"larm.py run/{__version__}", "Content-Type": "text/plain"}
     reason = ""
     for pause in (*TRY_AGAIN_AFTER, 0):

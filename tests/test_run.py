@@ -329,7 +329,7 @@ def test_the_job_runs_where_larm_toml_cant_be_read(text, tmp_path):
                                    ["--nonsense", "true"]])
 def test_without_a_command_it_is_unusable(words, monkeypatch):
     monkeypatch.delenv("LARM_URL", raising=False)
-    with pytest.raises(larm.UserError, match="^larm.py.*; see larm.py.*--help$") as error:
+    with pytest.raises(larm.UserError, match=r"^larm\.py.*; see larm\.py.*--help$") as error:
         larm.run(larm.parse_arguments(["run", *words]))
     assert error.value.exit_code == 2
 
