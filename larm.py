@@ -3306,10 +3306,11 @@ def ping(url: str, body: bytes) -> str | None:
                 pause = min(int(retry_after), LONGEST_PAUSE)
             error.close()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            cause = getattr(error, "reason", error)  # only strerror is sure not to show the URL
-            reason = getattr(cause, "strerror", None) or type(cause).__name__
+            cause = error.reason if isinstance(error, urllib.error.URLError) else error
             if isinstance(cause, TimeoutError):
                 reason = f"no answer within {TRY_WITHIN} s"
+            else:  # only strerror is sure not to show the URL
+                reason = getattr(cause, "strerror", None) or type(error).__name__
         time.sleep(pause)
     return reason
 
@@ -3414,7 +3415,7 @@ class Job:
         self.output = bytearray()  # the last of it; at least BODY_KEPT bytes if there are
         self._lost: OSError | None = None  # why output could not be passed on
         self._taps = open_taps()
-        self._sources = {tap.ours: tap.sinks[0] for tap in self._taps}
+        self._sources = {tap.ours: tap for tap in self._taps}
         self._pid: int | None = None
         try:
             self._pid = spawn(command, self._taps, mask)
@@ -3457,8 +3458,9 @@ class Job:
         """
         owed = 0
         for source in self._sources:
-            readable = fcntl.ioctl(source, termios.FIONREAD, bytes(4))
-            owed += int.from_bytes(readable, sys.byteorder)
+            with contextlib.suppress(OSError):
+                readable = fcntl.ioctl(source, termios.FIONREAD, bytes(4))
+                owed += int.from_bytes(readable, sys.byteorder)
         end = time.monotonic() + CHATTER
         while self._sources and (owed > 0 or time.monotonic() < end):
             ready = select.select([*self._sources], [], [], SILENCE)[0]
@@ -3470,6 +3472,7 @@ class Job:
         """The number of bytes passed on."""
         count = 0
         for source in ready:
+            tap = self._sources[source]
             try:
                 data = os.read(source, CHUNK)
             except OSError:  # Linux's way to say that nobody has the other end any more
@@ -3479,12 +3482,13 @@ class Job:
             if len(self.output) > BODY_KEPT + CHUNK:
                 del self.output[:-BODY_KEPT]
             try:
-                write_all(self._sources[source], data)
+                write_all(tap.sinks[0], data)
             except OSError as error:
-                # The job's next write must fail as it would without us. The reader's having had
-                # enough is no failure; that output is lost which the job believes written is one.
-                self._lost = self._lost or (error if error.errno != errno.EPIPE else None)
-                data = b""
+                data = b""  # the job's next write must fail as it would without us
+                # A reader that has had enough and a terminal that was closed are no failures;
+                # output that is not in its file although the job believes it to be is one.
+                if error.errno != errno.EPIPE and not tap.terminal:
+                    self._lost = error
             if not data:
                 os.close(source)
                 del self._sources[source]
