@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pty
 import re
 import select
 import shlex
@@ -609,12 +608,15 @@ class Terminal:
     def __init__(self, folder, *words, redirect="", size=(30, 100)):
         self.printed = b""
         line = f"{shlex.join([sys.executable, LARM, 'run', *words])} {redirect}; echo rc=$?."
-        self.pid, self.ours = pty.fork()
-        if self.pid == 0:
-            os.chdir(folder)
-            os.execvp("sh", ["sh", "-c", f"trap : INT; IFS= read -r line; {line}"])
+        self.ours, theirs = os.openpty()
         termios.tcsetwinsize(self.ours, size)
-        os.write(self.ours, b"\n")
+        own = "import fcntl, os, sys, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n" \
+              "os.execvp('sh', ['sh', '-c', sys.argv[1]])"  # pty.fork() may lock up beside threads
+        self.popen = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", own, f"trap : INT; {line}"], cwd=folder,
+            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        )
+        os.close(theirs)
 
     def read_until(self, text):
         end = time.monotonic() + 20
@@ -632,9 +634,9 @@ class Terminal:
 
     def close(self):
         with contextlib.suppress(OSError):
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self.popen.pid, signal.SIGKILL)
         os.close(self.ours)
-        os.waitpid(self.pid, 0)
+        self.popen.wait()
 
 
 @pytest.fixture
@@ -669,7 +671,7 @@ def test_a_terminal_gets_the_bytes_that_it_would_get_without(receiver, terminals
     job = python("print('10%', end='\\r'); print('20%\\033[0m\\tdone'); print('end')")
     terminal = terminals("--url", receiver.url, *job)
     assert terminal.exit_code() == 0
-    assert terminal.printed == b"\r\n10%\r20%\033[0m\tdone\r\nend\r\nrc=0.\r\n"
+    assert terminal.printed == b"10%\r20%\033[0m\tdone\r\nend\r\nrc=0.\r\n"
     assert receiver.body == b"10%\r20%\033[0m\tdone\nend\n"
 
 
@@ -698,6 +700,15 @@ def test_a_job_dies_of_ctrl_c_as_it_would_without(receiver, terminals):
     os.write(terminal.ours, b"\x03")
     assert terminal.exit_code() == 130
     assert b"Traceback" not in terminal.printed
+    assert receiver.actions == ["start", "130"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="can't tell who sent a signal")
+def test_on_a_terminal_a_sigint_from_another_process_reaches_the_job_too(receiver, terminals):
+    terminal = terminals("--url", receiver.url, *shell("echo run=$PPID.; exec sleep 60"))
+    wrapper = int(re.search(rb"run=(\d+)\.", terminal.read_until(b".\r\n"))[1])
+    os.kill(wrapper, signal.SIGINT)
+    assert terminal.exit_code() == 130
     assert receiver.actions == ["start", "130"]
 
 
