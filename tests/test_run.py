@@ -535,6 +535,14 @@ def test_a_slow_reader_gets_everything(receiver, popen):
     assert process.wait(15) == 0
 
 
+def test_a_reader_that_is_stuck_does_not_hold_up_a_job_that_is_killed(receiver, popen):
+    process = popen("--url", receiver.url, "yes", program=fast(CHATTER=0.1, HURRY=0.2))
+    wait_until(lambda: select.select([process.stdout], [], [], 0)[0])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 143
+    assert receiver.actions == ["start", "143"]
+
+
 def test_a_script_without_a_first_line_runs_as_in_a_shell(receiver, tmp_path):
     (tmp_path / "job").write_text('echo "$0 $1"\n')
     (tmp_path / "job").chmod(0o755)
