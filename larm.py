@@ -4373,7 +4373,19 @@ class Job:
         if self._pid is None:
             return
         ended, ending = os.pipe()
-        threading.Thread(target=self._wait, args=(ending,), name="waiter", daemon=True).start()
+        copying = threading.Thread(target=self._copy, args=(ended,), name="copying", daemon=True)
+        copying.start()
+        code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        self._pid = None
+        self.status = code if code >= 0 else 128 - code
+        os.close(ending)
+        # A reader may take its time, but where the job was killed, its exit must not wait for it.
+        copying.join(CHATTER + HURRY if code < 0 else None)
+        if self._lost:
+            self._say(f"the job's output could not be written: {self._lost.strerror}")
+            self.status = self.status or 1
+
+    def _copy(self, ended: int) -> None:
         while True:
             ready = select.select([*self._sources, ended], [], [])[0]
             if ended in ready:
@@ -4382,16 +4394,6 @@ class Job:
         for tap in self._taps:  # not before: macOS forgets what a closed terminal has not read
             os.close(tap.theirs)
         self._drain()
-        if self._lost:
-            self._say(f"the job's output could not be written: {self._lost.strerror}")
-            self.status = self.status or 1
-
-    def _wait(self, ending: int) -> None:
-        assert self._pid is not None
-        code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        self._pid = None
-        self.status = code if code >= 0 else 128 - code
-        os.close(ending)
 
     def _drain(self) -> None:
         """Pass on what was under way when the job ended, and for a short time what its children

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pty
 import re
 import select
 import shlex
@@ -536,6 +535,14 @@ def test_a_slow_reader_gets_everything(receiver, popen):
     assert process.wait(15) == 0
 
 
+def test_a_reader_that_is_stuck_does_not_hold_up_a_job_that_is_killed(receiver, popen):
+    process = popen("--url", receiver.url, "yes", program=fast(CHATTER=0.1, HURRY=0.2))
+    wait_until(lambda: select.select([process.stdout], [], [], 0)[0])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 143
+    assert receiver.actions == ["start", "143"]
+
+
 def test_a_script_without_a_first_line_runs_as_in_a_shell(receiver, tmp_path):
     (tmp_path / "job").write_text('echo "$0 $1"\n')
     (tmp_path / "job").chmod(0o755)
@@ -609,12 +616,15 @@ class Terminal:
     def __init__(self, folder, *words, redirect="", size=(30, 100)):
         self.printed = b""
         line = f"{shlex.join([sys.executable, LARM, 'run', *words])} {redirect}; echo rc=$?."
-        self.pid, self.ours = pty.fork()
-        if self.pid == 0:
-            os.chdir(folder)
-            os.execvp("sh", ["sh", "-c", f"trap : INT; IFS= read -r line; {line}"])
+        self.ours, theirs = os.openpty()
         termios.tcsetwinsize(self.ours, size)
-        os.write(self.ours, b"\n")
+        own = "import fcntl, os, sys, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n" \
+              "os.execvp('sh', ['sh', '-c', sys.argv[1]])"  # pty.fork() may lock up beside threads
+        self.popen = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", own, f"trap : INT; {line}"], cwd=folder,
+            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        )
+        os.close(theirs)
 
     def read_until(self, text):
         end = time.monotonic() + 20
@@ -632,9 +642,9 @@ class Terminal:
 
     def close(self):
         with contextlib.suppress(OSError):
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self.popen.pid, signal.SIGKILL)
         os.close(self.ours)
-        os.waitpid(self.pid, 0)
+        self.popen.wait()
 
 
 @pytest.fixture
@@ -669,7 +679,7 @@ def test_a_terminal_gets_the_bytes_that_it_would_get_without(receiver, terminals
     job = python("print('10%', end='\\r'); print('20%\\033[0m\\tdone'); print('end')")
     terminal = terminals("--url", receiver.url, *job)
     assert terminal.exit_code() == 0
-    assert terminal.printed == b"\r\n10%\r20%\033[0m\tdone\r\nend\r\nrc=0.\r\n"
+    assert terminal.printed == b"10%\r20%\033[0m\tdone\r\nend\r\nrc=0.\r\n"
     assert receiver.body == b"10%\r20%\033[0m\tdone\nend\n"
 
 
@@ -698,6 +708,15 @@ def test_a_job_dies_of_ctrl_c_as_it_would_without(receiver, terminals):
     os.write(terminal.ours, b"\x03")
     assert terminal.exit_code() == 130
     assert b"Traceback" not in terminal.printed
+    assert receiver.actions == ["start", "130"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="can't tell who sent a signal")
+def test_on_a_terminal_a_sigint_from_another_process_reaches_the_job_too(receiver, terminals):
+    terminal = terminals("--url", receiver.url, *shell("echo run=$PPID.; exec sleep 60"))
+    wrapper = int(re.search(rb"run=(\d+)\.", terminal.read_until(b".\r\n"))[1])
+    os.kill(wrapper, signal.SIGINT)
+    assert terminal.exit_code() == 130
     assert receiver.actions == ["start", "130"]
 
 
