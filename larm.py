@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import contextlib
 import dataclasses
 import difflib
@@ -75,6 +76,7 @@ DAY = 24 * HOUR
 WEEK = 7 * DAY
 
 LONGEST = 366 * DAY  # of an interval
+NEVER = 1000 * LONGEST
 SANE = 1_577_836_800_000  # 2020-01-01: a clock before it has not been set since the machine started
 
 _UNITS = {"w": WEEK, "d": DAY, "h": HOUR, "m": MINUTE, "s": SECOND}
@@ -310,7 +312,7 @@ class Monitor:
             expected_at = received_at + self.interval
         else:
             early = min(self.grace, self.interval // 10)
-            expected_at = (self.schedule.next_after(received_at + early) or [LONGEST * 1000])[0]
+            expected_at = (self.schedule.next_after(received_at + early) or [NEVER])[0]
         return expected_at, expected_at + self.grace
 
 
@@ -820,6 +822,8 @@ def ancestors(monitors: Mapping[str, Monitor], key: str) -> set[str]:
 
 APPLICATION_ID = 0x4C41524D  # "LARM", so that another program's database is recognised
 NEWEST_KEPT = 1_000  # heartbeats of one monitor
+BODIES_KEPT = 100  # of these
+OPEN_RUNS = 100  # of one monitor
 BATCH = 500  # writes in one commit, rows in one round of pruning or of deadlines
 _ANSWER_WITHIN = 30.0  # seconds that a caller waits for its commit
 
@@ -872,6 +876,16 @@ MIGRATIONS = [
         body TEXT
     );
     CREATE INDEX heartbeats_by_monitor ON heartbeats (monitor_id, id);
+
+    CREATE TABLE runs (                   -- of jobs that said that they start, and not yet the end
+        id INTEGER PRIMARY KEY,
+        monitor_id INTEGER NOT NULL REFERENCES monitors,
+        rid TEXT,
+        started_at INTEGER NOT NULL,
+        ends_by INTEGER                   -- by max_runtime; NULL once it has overrun
+    );
+    CREATE INDEX runs_by_monitor ON runs (monitor_id);
+    CREATE INDEX runs_by_deadline ON runs (ends_by) WHERE ends_by IS NOT NULL;
 
     CREATE TABLE events (
         id INTEGER PRIMARY KEY,
@@ -1262,8 +1276,8 @@ def _insert_monitor(db: sqlite3.Connection, monitor: Monitor, now: int) -> sqlit
 def unwatch(
     db: sqlite3.Connection, monitor_id: int, why: str, now: int, resumes_at: int | None = None
 ) -> None:
-    """Stop watching a monitor because it is paused, disabled or removed; what could not yet be
-    sent about it is withdrawn.
+    """Stop watching a monitor because it is paused, disabled or removed. A pause withdraws what
+    could not yet be sent about it.
     """
     db.execute(
         """
@@ -1277,16 +1291,17 @@ def unwatch(
         """
         UPDATE deliveries
         SET state = 'failed', error = :error
-        WHERE state = 'pending'
+        WHERE state = 'pending' AND :why <> 'removed'
         AND event_id IN (SELECT id FROM events WHERE monitor_id = :id)
         """,
-        {"id": monitor_id, "error": f"withdrawn: the monitor was {why}"},
+        {"id": monitor_id, "why": why, "error": f"withdrawn: the monitor was {why}"},
     )
 
 
 def watch_again(db: sqlite3.Connection, monitor: Monitor, row: sqlite3.Row, now: int) -> None:
     """Watch a paused or disabled monitor again: it has one interval and its grace from now."""
     expected_at, deadline_at = monitor.expectation(now)
+    limit_no_more(db, "monitor_id", row["id"])
     db.execute(
         "INSERT INTO gaps (monitor_id, from_at, to_at) VALUES (:id, :unwatched_at, :now)",
         {"id": row["id"], "unwatched_at": row["unwatched_at"], "now": now},
@@ -1424,7 +1439,8 @@ TAKE_PINGS = """
         UPDATE monitors
         SET received_at = new.at, counts_from = new.at,
             expected_at = new.expected_at, deadline_at = new.deadline_at
-        WHERE id = new.monitor_id AND state = 'up' AND new.signal = 'success';
+        WHERE id = new.monitor_id AND state = 'up' AND new.signal = 'success'
+        AND NOT EXISTS (SELECT 1 FROM runs WHERE monitor_id = new.monitor_id);
     END;
 """
 """Store a ping unless the throttle drops it, and move its monitor's deadline where one runs.
@@ -1442,7 +1458,9 @@ def _rows(count: int, columns: int) -> str:
 
 
 def take_pings(db: sqlite3.Connection, received: Sequence[Received]) -> bool:
-    """Run TAKE_PINGS; True if each was stored and was a success of a monitor that is up."""
+    """Run TAKE_PINGS; True if each was stored, was a success of a monitor that is up, and ended no
+    run.
+    """
     before = db.total_changes
     values: list[object] = []
     for one in received:
@@ -1454,6 +1472,90 @@ def take_pings(db: sqlite3.Connection, received: Sequence[Received]) -> bool:
         )
     db.execute(f"INSERT INTO ping VALUES {_rows(len(received), 13)}", values)
     return db.total_changes - before == 2 * len(received)
+
+
+def open_run(db: sqlite3.Connection, started: Received) -> None:
+    """A run that has started; it must end within max_runtime where that is set."""
+    monitor_id, limit = started.watched.id, started.watched.monitor.max_runtime
+    db.execute(
+        """
+        INSERT INTO runs (monitor_id, rid, started_at, ends_by)
+        VALUES (:monitor, :rid, :at, :ends_by)
+        """,
+        {"monitor": monitor_id, "rid": started.ping.rid, "at": started.at,
+         "ends_by": limit and started.at + limit},
+    )
+    db.execute(
+        """
+        DELETE FROM runs
+        WHERE monitor_id = :monitor AND id <= (
+            SELECT id
+            FROM runs
+            WHERE monitor_id = :monitor
+            ORDER BY id DESC
+            LIMIT 1 OFFSET :kept
+        )
+        """,
+        {"monitor": monitor_id, "kept": OPEN_RUNS},
+    )
+
+
+def end_run(db: sqlite3.Connection, ended: Received, heartbeat_id: int | None) -> None:
+    """Close the run that a ping ends: the last one with its rid, else the last one without any.
+
+    Those without a rid that started before are closed with it, and so is what has been open for so
+    long that its end will not come: their jobs were killed, or the machine was.
+    """
+    monitor = ended.watched.monitor
+    whose = {"monitor": ended.watched.id, "rid": ended.ping.rid}
+    run = db.execute(
+        """
+        SELECT *
+        FROM runs
+        WHERE monitor_id = :monitor AND (rid IS NULL OR rid = :rid OR :rid IS NULL)
+        ORDER BY rid IS :rid DESC, rid IS NULL DESC, id DESC
+        LIMIT 1
+        """,
+        whose,
+    ).fetchone()
+    lost = ended.at - monitor.interval - monitor.grace - (monitor.max_runtime or 0)
+    db.execute(
+        """
+        DELETE FROM runs
+        WHERE monitor_id = :monitor
+        AND (id = :id OR (id < :id AND rid IS NULL) OR (started_at < :lost AND ends_by IS NULL))
+        """,
+        whose | {"id": run and run["id"], "lost": lost},
+    )
+    if run is not None:
+        lasted = {"ms": max(0, ended.at - run["started_at"])} | whose | {"heartbeat": heartbeat_id}
+        db.execute("UPDATE heartbeats SET duration_ms = :ms WHERE id = :heartbeat", lasted)
+        db.execute("UPDATE monitors SET last_duration_ms = :ms WHERE id = :monitor", lasted)
+
+
+def overrun(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
+    """The runs that have not ended in time, longest ago first."""
+    return db.execute(
+        """
+        SELECT r.*
+        FROM runs r
+        JOIN monitors m ON m.id = r.monitor_id
+        WHERE ends_by < :now AND watching = 'yes'
+        ORDER BY ends_by
+        LIMIT :limit
+        """,
+        {"now": now, "limit": BATCH},
+    ).fetchall()
+
+
+def find_run(db: sqlite3.Connection, id: int) -> sqlite3.Row | None:
+    row: sqlite3.Row | None = db.execute("SELECT * FROM runs WHERE id = :id", {"id": id}).fetchone()
+    return row
+
+
+def limit_no_more(db: sqlite3.Connection, column: str, id: int) -> None:
+    """A run that has overrun, or the runs of a monitor, need not end in time any more."""
+    db.execute(f"UPDATE runs SET ends_by = NULL WHERE {column} = :id", {"id": id})
 
 
 def heartbeat_of(db: sqlite3.Connection, received: Received) -> int | None:
@@ -1519,18 +1621,21 @@ def read_monitor(db: sqlite3.Connection, monitor_id: int) -> sqlite3.Row:
 
 
 def read_monitors(db: sqlite3.Connection) -> dict[str, sqlite3.Row]:
-    """Every monitor that the database knows, by key."""
-    return {row["key"]: row for row in db.execute("SELECT * FROM monitors")}
+    """Every monitor that the database knows, by key, and whether its job is running."""
+    rows = db.execute("SELECT *, id IN (SELECT monitor_id FROM runs) AS running FROM monitors")
+    return {row["key"]: row for row in rows}
 
 
-def overdue(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
-    """The monitors whose deadline has passed, longest ago first."""
+def due_monitors(db: sqlite3.Connection, column: str, now: int) -> list[sqlite3.Row]:
+    """The watched monitors of which a moment, deadline_at or alert_at, has passed, longest ago
+    first.
+    """
     return db.execute(
-        """
+        f"""
         SELECT *
         FROM monitors
-        WHERE deadline_at < :now AND watching = 'yes'
-        ORDER BY deadline_at
+        WHERE {column} < :now AND watching = 'yes'
+        ORDER BY {column}
         LIMIT :limit
         """,
         {"now": now, "limit": BATCH},
@@ -1538,7 +1643,7 @@ def overdue(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
 
 
 def next_due_at(db: sqlite3.Connection, now: int) -> int | None:
-    """When something is due next, after `now`: a deadline, an alert, the end of a pause."""
+    """When something is due next, after `now`: a deadline, an alert, the end of a run or pause."""
     due: int | None = db.execute(
         """
         SELECT MIN(at) FROM (
@@ -1548,6 +1653,8 @@ def next_due_at(db: sqlite3.Connection, now: int) -> int | None:
             SELECT MIN(resumes_at) FROM monitors WHERE resumes_at > :now
             UNION ALL
             SELECT MIN(alert_at) FROM monitors WHERE alert_at > :now AND watching = 'yes'
+            UNION ALL
+            SELECT MIN(ends_by) FROM runs WHERE ends_by > :now
             UNION ALL
             SELECT MIN(due_at) FROM deliveries WHERE state = 'pending' AND due_at > :now
         )
@@ -1625,35 +1732,32 @@ def plan_alert(
     )
 
 
-def alerts_due(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
-    """The monitors about which an alert is due."""
-    return db.execute(
-        """
-        SELECT *
-        FROM monitors
-        WHERE alert_at <= :now AND watching = 'yes'
-        ORDER BY alert_at
-        LIMIT :limit
-        """,
-        {"now": now, "limit": BATCH},
-    ).fetchall()
-
-
 def down_monitors(db: sqlite3.Connection) -> list[sqlite3.Row]:
     return db.execute(
         "SELECT * FROM monitors WHERE state = 'down' AND watching = 'yes'"
     ).fetchall()
 
 
+def held_alerts(db: sqlite3.Connection) -> list[sqlite3.Row]:
+    """The monitors that are down, but whose alert waits for news of those that they depend on."""
+    return db.execute(
+        """
+        SELECT *
+        FROM monitors
+        WHERE alert_at IS NOT NULL AND watching = 'yes' AND state = 'down' AND told = 'up'
+        """
+    ).fetchall()
+
+
 def queue_alert(
     db: sqlite3.Connection, event_id: int, kind: str, channels: Iterable[str], at: int
 ) -> None:
-    """A delivery for each of these channels that does not wait with the same news already."""
+    """A delivery for each of these channels; no reminder for one that waits with the news."""
     db.executemany(
         """
         INSERT INTO deliveries (event_id, kind, channel, due_at)
         SELECT :event, :kind, :channel, :due
-        WHERE NOT EXISTS (
+        WHERE :kind <> 'reminder' OR NOT EXISTS (
             SELECT 1
             FROM deliveries
             WHERE event_id = :event AND channel = :channel AND state = 'pending'
@@ -1770,6 +1874,14 @@ def shift_deadlines(db: sqlite3.Connection, from_at: int, to_at: int, set_by: in
     )
     db.execute(
         """
+        UPDATE runs
+        SET started_at = started_at + :set_by,
+            ends_by = ends_by + :set_by + MAX(0, :to - MAX(:from, started_at))
+        """,
+        span,
+    )
+    db.execute(
+        """
         UPDATE monitors
         SET alert_at = alert_at + :set_by + :to - :from
         WHERE alert_at IS NOT NULL AND watching = 'yes'
@@ -1834,18 +1946,22 @@ def pending_alerts(db: sqlite3.Connection, channel: str) -> list[sqlite3.Row]:
     """What a channel has to be told: for each monitor, and each trouble of Larm's, its newest
     unsent alert, with its event and monitor.
 
-    `ids` are its unsent deliveries, `down_from` is when the first unsent one of them went down,
-    `downs` how often it did so, and `down_for` for how long in all.
+    `ids` are its unsent deliveries, `down_from` is when it went down first, of what is unsent, and
+    `downs` how often; `ready_at` is when the first of them was tried, or is to be.
     """
     return db.execute(
         """
         SELECT g.*, d.kind, e.type, e.at, e.reason, e.last_heartbeat_at, e.expected_at, e.down_ms,
-            e.topic, e.text, m.key, m.name, h.body, h.exit_status, h.duration_ms
+            e.topic, e.text, m.key, m.name, h.body, h.exit_status, h.duration_ms,
+            (SELECT MIN(started_at) FROM runs WHERE monitor_id = m.id) AS running_since,
+            EXISTS (
+                SELECT 1 FROM heartbeats WHERE monitor_id = m.id AND signal = 'start'
+            ) AS says_start
         FROM (
             SELECT MAX(d.id) AS id, GROUP_CONCAT(d.id) AS ids, MAX(d.attempts) AS attempts,
                 MIN(d.due_at) AS due_at, MIN(IIF(type = 'down', e.at, NULL)) AS down_from,
                 SUM(kind = 'change' AND type = 'down') AS downs,
-                SUM(IIF(kind = 'change', down_ms, 0)) AS down_for
+                MIN(COALESCE(first_tried_at, due_at)) AS ready_at
             FROM deliveries d
             JOIN events e ON e.id = d.event_id
             WHERE d.channel = :channel AND d.state = 'pending'
@@ -1937,6 +2053,22 @@ def is_delivery_stuck(db: sqlite3.Connection, now: int) -> bool:
     return stuck.fetchone() is not None
 
 
+def recent_heartbeats(
+    db: sqlite3.Connection, monitor_id: int, limit: int, before: int | None = None
+) -> list[sqlite3.Row]:
+    """The newest heartbeats of a monitor, newest first; `before`: those older than that id."""
+    return db.execute(
+        """
+        SELECT *
+        FROM heartbeats
+        WHERE monitor_id = :monitor AND (:before IS NULL OR id < :before)
+        ORDER BY id DESC
+        LIMIT :limit
+        """,
+        {"monitor": monitor_id, "limit": limit, "before": before},
+    ).fetchall()
+
+
 def state_changes(db: sqlite3.Connection, start: int) -> dict[int, list[sqlite3.Row]]:
     """The events since a moment, and the last one before it, by monitor id, oldest first."""
     changes: dict[int, list[sqlite3.Row]] = defaultdict(list)
@@ -1956,41 +2088,47 @@ def state_changes(db: sqlite3.Connection, start: int) -> dict[int, list[sqlite3.
     return changes
 
 
-def prune(db: sqlite3.Connection, after: int, count: int, before: int) -> int:
-    """Delete a little of what may go: gaps, and events but for those of monitors that are still
-    down, that are older than `before`; and, of the `count` monitors whose ids follow `after`, the
-    removed ones too, heartbeats that are older or not among the newest, but for those of an event.
-    Returns the last of these monitors' ids, 0 after them all.
+def prune_heartbeats(db: sqlite3.Connection, after: int, count: int, before: int) -> int:
+    """Delete, of the `count` monitors whose ids follow `after`, the removed ones too, heartbeats
+    that are older than `before` or not among the newest, and the bodies of those that are not among
+    the very newest; but for those of an event. Returns the last of these ids, 0 after them all.
     """
     monitors = db.execute(
         "SELECT id FROM monitors WHERE id > :after ORDER BY id LIMIT :count",
         {"after": after, "count": count},
     ).fetchall()
-    limits = {"before": before, "kept": NEWEST_KEPT, "limit": BATCH}
-    db.executemany(
-        """
-        DELETE FROM heartbeats
-        WHERE id IN (
-            SELECT id
-            FROM heartbeats h
-            WHERE monitor_id = :monitor
-            AND (
-                at < :before
-                OR id <= (
-                    SELECT id
-                    FROM heartbeats
-                    WHERE monitor_id = :monitor
-                    ORDER BY id DESC
-                    LIMIT 1 OFFSET :kept
-                )
+    old = """
+        SELECT id
+        FROM heartbeats h
+        WHERE monitor_id = :monitor
+        AND (
+            at < :before
+            OR id <= (
+                SELECT id
+                FROM heartbeats
+                WHERE monitor_id = :monitor
+                ORDER BY id DESC
+                LIMIT 1 OFFSET :kept
             )
-            AND NOT EXISTS (SELECT 1 FROM events WHERE heartbeat_id = h.id)
-            ORDER BY id
-            LIMIT :limit
         )
-        """,
-        [limits | {"monitor": row["id"]} for row in monitors],
-    )
+        AND NOT EXISTS (SELECT 1 FROM events WHERE heartbeat_id = h.id)
+        ORDER BY id
+        LIMIT :limit
+        """
+    for row in monitors:
+        db.execute(
+            f"DELETE FROM heartbeats WHERE id IN ({old})",
+            {"monitor": row["id"], "before": before, "kept": NEWEST_KEPT, "limit": BATCH},
+        )
+        db.execute(
+            f"UPDATE heartbeats SET body = NULL WHERE body IS NOT NULL AND id IN ({old})",
+            {"monitor": row["id"], "before": 0, "kept": BODIES_KEPT, "limit": NEWEST_KEPT},
+        )
+    return monitors[-1]["id"] if monitors else 0
+
+
+def prune_events(db: sqlite3.Connection, before: int) -> None:
+    """Delete some of the gaps and events that are older, but for what still matters."""
     db.execute(
         """
         DELETE FROM events
@@ -2005,10 +2143,9 @@ def prune(db: sqlite3.Connection, after: int, count: int, before: int) -> int:
             LIMIT :limit
         )
         """,
-        limits,
+        {"before": before, "limit": BATCH},
     )
-    db.execute("DELETE FROM gaps WHERE to_at < :before", limits)
-    return monitors[-1]["id"] if monitors else 0
+    db.execute("DELETE FROM gaps WHERE to_at < :before", {"before": before})
 
 
 # ======================================================================================
@@ -2088,12 +2225,29 @@ def held_until(db: sqlite3.Connection, watched: Watched, row: sqlite3.Row) -> in
         if parent["state"] == "down":
             return None
         if (parent["received_at"] or 0) < since:
-            until = max(until, parent["deadline_at"] or 0)
+            until = max(until, (parent["deadline_at"] or 0) + 1)
         back = newest_event(db, parent_id, "up")
         if back and (row["received_at"] or 0) < back["at"] and (expected_at or since) <= back["at"]:
             had_left = max(0, since - (back["at"] - back["down_ms"]))
             until = max(until, back["at"] + had_left + watched.monitor.interval)
     return until
+
+
+def next_alert_at(
+    db: sqlite3.Connection, watched: Watched, row: sqlite3.Row, now: int
+) -> int | None:
+    """When the next alert about a monitor is due, as things stand; None: there is none."""
+    monitor, is_down, since = watched.monitor, row["state"] == "down", int(row["since"])
+    until = held_until(db, watched, row) if is_down else now
+    if until is None:
+        return None
+    if row["told"] == "flapping":
+        return max(until, since + SETTLED_AFTER * monitor.interval)
+    if row["told"] != row["state"]:
+        return max(until, now)
+    if is_down and monitor.remind:
+        return min(row["alert_at"] or NEVER, now + monitor.remind)
+    return None
 
 
 def consider_alert(db: sqlite3.Connection, watched: Watched, now: int) -> None:
@@ -2102,14 +2256,7 @@ def consider_alert(db: sqlite3.Connection, watched: Watched, now: int) -> None:
     To be called when its state has changed, or that of one that it depends on, or its settings.
     """
     row = read_monitor(db, watched.id)
-    state, told, remind = row["state"], row["told"], watched.monitor.remind
-    due = held_until(db, watched, row) if state == "down" else row["since"]
-    if due is not None and told == "flapping":
-        due = max(due, row["since"] + SETTLED_AFTER * watched.monitor.interval)
-    elif due is not None and state == told:
-        due = min(row["alert_at"] or LONGEST * 1000, now + remind) if (
-            remind and state == "down"
-        ) else None
+    due = next_alert_at(db, watched, row, now)
     if due != row["alert_at"]:
         plan_alert(db, watched.id, due)
     if due is not None and due <= now:
@@ -2146,6 +2293,9 @@ def send_alert(db: sqlite3.Connection, watched: Watched, now: int) -> None:
 # ======================================================================================
 
 BODY_KEPT = 10_000  # bytes of a ping's body, its last ones
+_CHANGES_AFTER = {  # the signals that change something next, and are not to be throttled here
+    "success": ("fail",), "fail": ("success",), "start": ("success", "fail"), "log": (),
+}
 _EXIT_STATUS = re.compile(r"0|[1-9][0-9]{0,2}")
 
 
@@ -2217,8 +2367,8 @@ class Intake:
                     return write
             write = self._store.gather(self._record, Received(watched, ping, at))
             self._recent[key] = at, write
-            opposite = {"success": "fail", "fail": "success"}.get(ping.signal, "")
-            self._recent.pop((watched.id, opposite), None)  # the next one changes the state
+            for following in _CHANGES_AFTER[ping.signal]:
+                self._recent.pop((watched.id, following), None)
             return write
 
     def _record(self, db: sqlite3.Connection, received: list[Received]) -> None:
@@ -2236,11 +2386,17 @@ class Intake:
         """What a ping that was stored a moment ago, if it was, does to a monitor's state."""
         held = read_monitor(db, one.watched.id)
         heartbeat_id = heartbeat_of(db, one)
+        if one.ping.signal == "start" and heartbeat_id is not None:
+            open_run(db, one)
+        elif one.ping.signal in ("success", "fail"):
+            end_run(db, one, heartbeat_id)
         if held["watching"] != "yes":
             with self.lock:  # it must not throttle the first ping after the pause
                 self._recent.pop((one.watched.id, one.ping.signal), None)
             if one.ping.signal == "success":
                 note_received(db, one)
+        elif (held["state"], one.ping.signal) == ("up", "success"):
+            hear(db, [(one.watched, one.at)])
         elif heartbeat_id is not None:
             enter(db, self._by_id, one.watched, held, one.ping.signal, one.at, heartbeat_id)
 
@@ -2293,6 +2449,8 @@ LITTLE_SPACE = 50_000_000  # bytes of free disk
 LONG_GAP = FAILING_FOR = 1 * HOUR  # of a gap, of a channel that takes nothing
 UNRECORDED_FOR = 10 * SECOND
 _UNRECORDABLE = "heartbeats can't be recorded"
+SEEN_FOR_ADVICE = 5  # heartbeats
+HALF_HOUR = 30 * MINUTE
 TRUST_AFTER = 1 * HOUR  # from the start, or after the clock was set, until its date prunes history
 
 
@@ -2361,17 +2519,19 @@ class Watcher:
         now = self._clock.now()
         if now >= SANE:
             with self._store.reading() as db:
-                due, ended, untold = overdue(db, now), due_resumptions(db, now), alerts_due(db, now)
+                due, runs = due_monitors(db, "deadline_at", now), overrun(db, now)
+                untold = due_monitors(db, "alert_at", now) + self._released(db)
+                ended = due_resumptions(db, now)
             if any(row["id"] in self._by_id for row in ended):
                 self._store.write(lambda db: self._resume(db, now))
-            if not due:
+            if not due and not runs:
                 self._hesitated = 0
                 if untold:
                     self._store.write(lambda db: self._send_alerts(db, untold, now))
                 self._prune(now)
             elif self._is_punctual(late):
-                self._store.write(lambda db: self._call_down(db, due))
-            if len(due) == BATCH:  # there are more
+                self._store.write(lambda db: self._call_down(db, due, runs))
+            if BATCH in (len(due), len(runs)):  # there are more
                 return 10
         return self._until_next(now)
 
@@ -2462,8 +2622,12 @@ class Watcher:
             self._paying = None
             del self._owed[:count]
 
-    def _call_down(self, db: sqlite3.Connection, due: list[sqlite3.Row]) -> None:
-        """The operation: one down event for each deadline that was missed, dated at it."""
+    def _call_down(
+        self, db: sqlite3.Connection, due: Iterable[sqlite3.Row], runs: Iterable[sqlite3.Row]
+    ) -> None:
+        """The operation: one down event for each deadline that was missed, dated at it, and for
+        each run that has not ended in time.
+        """
         if not self._is_punctual():
             return
         for held in due:
@@ -2475,6 +2639,21 @@ class Watcher:
                 enter(db, self._by_id, watched, held, "missed", held["deadline_at"])
             else:
                 hear(db, [(watched, heard_at)])
+        for run in runs:
+            watched, row = self._by_id.get(run["monitor_id"]), find_run(db, run["id"])
+            if watched is not None and row is not None:  # it has not ended since
+                held = read_monitor(db, watched.id)
+                enter(db, self._by_id, watched, held, "overran", run["ends_by"])
+                limit_no_more(db, "id", run["id"])
+
+    def _released(self, db: sqlite3.Connection) -> list[sqlite3.Row]:
+        """The monitors whose alerts wait no longer: all that they depend on was heard of since."""
+        return [
+            row
+            for row in held_alerts(db)
+            if (watched := self._by_id.get(row["id"]))
+            and held_until(db, watched, row) == row["since"]
+        ]
 
     def _send_alerts(
         self, db: sqlite3.Connection, untold: Iterable[sqlite3.Row], now: int
@@ -2482,7 +2661,10 @@ class Watcher:
         """The operation: the alerts that were held until now, and the reminders."""
         for row in untold:
             if watched := self._by_id.get(row["id"]):
-                send_alert(db, watched, now)
+                if row["alert_at"] > now:
+                    consider_alert(db, watched, now)
+                else:
+                    send_alert(db, watched, now)
 
     def reconsider_alerts(self, db: sqlite3.Connection) -> None:
         """The operation: plan alerts anew where that may have changed: a monitor that another one
@@ -2501,8 +2683,12 @@ class Watcher:
 
     def _prune(self, now: int) -> None:
         before = now - self._keep if self.ticked >= self._trusted_from else 0
-        after = self._pruned
-        self._pruned = self._store.write(lambda db: prune(db, after, PRUNED_A_TICK, before))
+
+        def prune(db: sqlite3.Connection) -> int:
+            prune_events(db, before)
+            return prune_heartbeats(db, self._pruned, PRUNED_A_TICK, before)
+
+        self._pruned = self._store.write(prune)
 
     def _until_next(self, now: int) -> int:
         with self._store.reading() as db:
@@ -2520,6 +2706,93 @@ class Watcher:
         return self._clock.monotonic() - self.ticked > GAP
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How long something took, in milliseconds."""
+
+    shortest: int
+    typical: int
+    longest: int
+
+    def __str__(self) -> str:
+        """ "1 d typically, 23 h 58 min to 1 d 2 min" """
+        typical, shortest, longest = (
+            format_duration(ms) for ms in (self.typical, self.shortest, self.longest)
+        )
+        return f"{typical} typically, {shortest} to {longest}"
+
+
+def spread(lengths: Iterable[int]) -> Spread | None:
+    ordered = sorted(lengths)
+    return Spread(ordered[0], ordered[len(ordered) // 2], ordered[-1]) if ordered else None
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """How a monitor's last heartbeats came, and a line of advice where the settings do not fit."""
+
+    apart: Spread | None
+    lasted: Spread | None
+    advice: str | None
+
+    def lines(self) -> list[str]:
+        """It in words, a line each."""
+        found = {"heartbeats come every": self.apart, "runs take": self.lasted,
+                 "advice:": self.advice}
+        return [f"{what} {it}" for what, it in found.items() if it is not None]
+
+
+def rhythm(monitor: Monitor, heartbeats: Sequence[sqlite3.Row]) -> Rhythm:
+    """`heartbeats`: the newest ones, as recent_heartbeats() gives them."""
+    times = sorted(row["at"] for row in heartbeats if row["signal"] == "success")
+    apart = spread(later - earlier for earlier, later in itertools.pairwise(times))
+    lasted = spread(row["duration_ms"] for row in heartbeats if row["duration_ms"] is not None)
+    if apart is None or len(times) < SEEN_FOR_ADVICE:
+        return Rhythm(apart, lasted, None)
+    if monitor.schedule is None and not 0.5 < apart.typical / monitor.interval < 1.1:
+        every = format_duration(monitor.interval)
+        advice = f'{every} is not how often they come: try interval = "{_setting(apart.typical)}"'
+        return Rhythm(apart, lasted, advice)
+    late = _lateness(monitor, times)
+    if shift := monitor.schedule and _shift(monitor, late):
+        return Rhythm(apart, lasted, f"they come exactly {shift} the schedule: timezone?")
+    usual = [ms for ms in late if ms < monitor.interval // 2]  # more than that was an outage
+    if usual and max(usual) > monitor.grace:
+        grace = format_duration(monitor.grace) if monitor.grace else "0"
+        return Rhythm(apart, lasted, f"they come up to {format_duration(max(usual))} late; a grace "
+                                     f'of {grace} will alert: try grace = "{_setting(max(usual))}"')
+    return Rhythm(apart, lasted, None)
+
+
+def _lateness(monitor: Monitor, times: Sequence[int]) -> list[int]:
+    """By how many milliseconds each heartbeat came after it was due, in the order of size."""
+    if monitor.schedule is None:
+        apart = (later - earlier for earlier, later in itertools.pairwise(times))
+        return sorted(gap - monitor.interval for gap in apart)
+    longest = max(later - earlier for earlier, later in itertools.pairwise(times))
+    start = times[0] - max(longest, monitor.interval)
+    due = monitor.schedule.next_after(start, (times[-1] - start) // monitor.interval + 2)
+    early = min(monitor.grace, monitor.interval // 10)
+    return sorted(at - due[bisect.bisect(due, at + early) - 1] for at in times if due[0] <= at)
+
+
+def _shift(monitor: Monitor, late: Sequence[int]) -> str | None:
+    """ "1 h after", where a job is always off by the same hours, as in another timezone."""
+    shift = round(late[len(late) // 2] / HALF_HOUR) * HALF_HOUR if late else 0
+    if not shift or late[-1] - late[0] > 10 * MINUTE or abs(late[0] - shift) > 5 * MINUTE:
+        return None
+    if shift > monitor.interval // 2:
+        return f"{format_duration(monitor.interval - shift)} before"
+    return f"{format_duration(shift)} after"
+
+
+def _setting(ms: int) -> str:
+    """The next round duration, as larm.toml has it, that leaves some room."""
+    rounds = ("10s", "30s", "1m", "2m", "5m", "10m", "15m", "30m", "1h", "2h", "3h", "6h", "12h",
+              "1d", "2d", "3d", "1w", "2w", "31d")
+    return next((text for text in rounds if parse_duration(text) * 0.98 >= ms), "366d")
+
+
 class Health:
     """Larm's eye on itself: whatever is wrong with it is alerted once, and so is its end."""
 
@@ -2529,6 +2802,7 @@ class Health:
         self._watcher = watcher
         self._checked = clock.monotonic() - CHECK_EVERY
         self._failing_since: int | None = None
+        self._warned = False
 
     def use(self, config: Config) -> None:
         self._config = config
@@ -2570,15 +2844,16 @@ class Health:
         self._store.write(lambda db: report(db, "file", type, text, names, now))
 
     def note_recording(self, failure: str | None) -> str | None:
-        """Whether the database could be written, asked at each tick. Returns what to tell people
-        at once, since no outbox can hold it; once it is over, that is an alert like others.
+        """Take note, at each tick, of why the database can't be written. Returns what to tell
+        people at once, since no outbox can hold it; its end is an alert like others.
         """
         now, since = self._clock.now(), self._failing_since
         if failure is not None:
             self._failing_since = since = since or now
-            long = now - since >= UNRECORDED_FOR
-            return f"{_UNRECORDABLE}: {failure}; pings get 503 till then" if long else None
-        self._failing_since = None
+            if self._warned or now - since < UNRECORDED_FOR:
+                return None
+            self._warned = True
+            return f"{_UNRECORDABLE}: {failure}; pings get 503 till then"
         if since is not None and now - since >= UNRECORDED_FOR:
             names = list(self._config.channels)
 
@@ -2587,6 +2862,7 @@ class Health:
                 report(db, "database", "up", "heartbeats are recorded again", names, now)
 
             self._store.write(tell)
+        self._failing_since, self._warned = None, False
         return None
 
 
@@ -2795,7 +3071,7 @@ Alert = sqlite3.Row  # as pending_alerts() gives it
 
 _CONTROLS = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]"  # ANSI: colours, cursor movements
-    r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\\\)?"  # titles, links
+    r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # titles, links
     "|[^\\S\n\t ]|[\x00-\x08\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 
@@ -2839,8 +3115,9 @@ def compose(
     for alert in alerts:
         names[label(alert)].append(subject(alert))
     title = ", ".join(
-        f"{word}: {found[0] if len(found) == 1 else counted(len(found), 'monitor')}"
+        f"{word}: {found[0] if len(found) == 1 else counted(len(found), noun)}"
         for word, found in names.items()
+        for noun in ("notice" if word == "LARM" else "monitor",)
         if found
     )
     text = ""
@@ -2873,6 +3150,11 @@ def _describe(
         lines.append(f"Last heartbeat: {since}, {format_duration(at - last)} before.")
     if alert["reason"] == "missed" and monitor:
         lines.append(f"Expected: {describe_rhythm(monitor)}.")
+    if alert["reason"] == "missed" and alert["running_since"] is not None:
+        lines.append(f"It started {iso_local(alert['running_since'], config.timezone)} and has not "
+                     "ended yet.")
+    elif alert["reason"] == "missed" and alert["says_start"]:
+        lines.append("It did not start.")
     if alert["reason"] == "missed" and last is not None:
         lines += [
             f"{describe_gap(gap, config.timezone)}, when this heartbeat may have come."
@@ -2887,7 +3169,7 @@ def _describe(
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             lines.append(f"{counted(len(names), 'monitor')} {verb} on it: "
                          f"{', '.join(names[:NAMED])}{more}.")
-    if alert["kind"] != "reminder" and now - at > LATE:
+    if now - alert["ready_at"] > LATE:
         lines.append("This alert is late: it could not be delivered before.")
     if output := plain(alert["body"] or "").strip():
         lines += ["Output:", *(line[:OUTPUT_WIDTH] for line in output.splitlines()[-OUTPUT_LINES:])]
@@ -2904,7 +3186,8 @@ def _headline(alert: Alert, config: Config, now: int) -> str:
     if alert["key"] is None:
         return f"Larm: {plain(alert['text'])} ({when})."
     if alert["kind"] == "flapping":
-        held = format_duration(SETTLED_AFTER * config.monitors[alert["key"]].interval)
+        monitor = config.monitors.get(alert["key"])
+        held = format_duration(SETTLED_AFTER * monitor.interval) if monitor else "a while"
         return (f"{name} is flapping: it went down and came up again and again, and is "
                 f"{alert['type']} now ({when}). The next alert comes when it has been up or down "
                 f"for {held}.")
@@ -2912,17 +3195,24 @@ def _headline(alert: Alert, config: Config, now: int) -> str:
         return f"{name} has stopped flapping: it has been {alert['type']} since {when}."
     if alert["type"] == "up" and alert["downs"]:
         from_at = iso_local(alert["down_from"], config.timezone)
-        often = "" if alert["downs"] == 1 else f" {alert['downs']} times"
+        often, last = "", ""
+        if alert["downs"] > 1:
+            often, last = f" {alert['downs']} times", "the last time "
         return (f"{name} was down{often} from {from_at} to {iso_local(at, config.timezone)}, "
-                f"for {format_duration(alert['down_for'])}, and is up again.")
+                f"{last}for {format_duration(alert['down_ms'])}, and is up again.")
     if alert["type"] == "up":
         return f"{name} is up again, after {format_duration(alert['down_ms'])} down ({when})."
     reminds = alert["kind"] == "reminder"
     still = f"still down, for {format_duration(now - at)}" if reminds else "down"
     if alert["reason"] == "failed":
-        status = alert["exit_status"]
+        status, lasted = alert["exit_status"], alert["duration_ms"]
         said = "the job reported a failure" if status is None else f"exit status {status}"
-        return f"{name} is {still}: {said} ({when})."
+        after = "" if lasted is None else f" after {format_duration(lasted)}"
+        return f"{name} is {still}: {said}{after} ({when})."
+    if alert["reason"] == "overran":
+        monitor = config.monitors.get(alert["key"])
+        limit = format_duration(monitor.max_runtime) if monitor and monitor.max_runtime else "time"
+        return f"{name} is {still}: a run has not ended within {limit} ({when})."
     return f"{name} is {still}: no heartbeat by {when}."
 
 
@@ -2935,6 +3225,20 @@ def upcoming(monitor: Monitor, zone: tzinfo, now: int) -> list[str]:
     """A schedule's next three occurrences, for people."""
     moments = monitor.schedule.next_after(now, 3) if monitor.schedule else []
     return [iso_local(moment, zone) for moment in moments]
+
+
+def describe_channel(row: sqlite3.Row | None, zone: tzinfo, now: int) -> str:
+    """What became of the last alerts to a channel, as read_channels() gives it."""
+    if row is None:
+        return "nothing sent yet"
+    found = []
+    for column, what in (("sent_at", "last sent"), ("failed_at", "last failed")):
+        if (at := row[column]) is not None:
+            found.append(f"{what} {iso_local(at, zone)[:19]} ({far_from(at, now)})")
+    if row["failing_since"] is not None:
+        found.append(str(row["error"]))
+    found += [f"{counted(row['pending'], 'alert')} waiting"] if row["pending"] else []
+    return "; ".join(found)
 
 
 def describe_rhythm(monitor: Monitor) -> str:
@@ -3046,7 +3350,7 @@ class Notifier:
                 self._warning[channel].start()
 
     def _warn(self, urls: Sequence[str], text: str, is_over: Callable[[], bool]) -> None:
-        for pause in (0, *PAUSES):
+        for pause in itertools.chain([0], PAUSES, itertools.repeat(PAUSES[-1])):
             if self._stopping.wait(pause / SECOND) or is_over():
                 return
             if send(urls, f"LARM: {text.partition(':')[0]}", f"Larm: {text}.", "failure") is None:
@@ -3132,13 +3436,13 @@ def describe_monitor(
         "enabled": monitor.enabled,
         "state": state,
         "since": moment(since),
-        "running": False,
+        "running": bool(row is not None and row["running"]),
         "interval_seconds": _seconds(monitor.interval),
         "schedule": monitor.schedule.expression if monitor.schedule else None,
         "timezone": monitor.schedule.zone_name if monitor.schedule else None,
         "grace_seconds": _seconds(monitor.grace),
         "last_heartbeat_at": moment("received_at"),
-        "last_duration_ms": None,
+        "last_duration_ms": row["last_duration_ms"] if row is not None else None,
         "expected_at": None if state == "paused" else moment("expected_at"),
         "deadline_at": None if state == "paused" else moment("deadline_at"),
         "uptime": {
@@ -3330,6 +3634,8 @@ class Web:
             ("Content-Type", "application/json"),
             ("Content-Length", str(len(body))),
             ("Cache-Control", "no-store"),
+            ("Access-Control-Allow-Origin", "*"),
+            ("Ping-Body-Limit", str(BODY_KEPT)),
             *more,
         ]
         start_response(status, headers)
@@ -3678,6 +3984,7 @@ class Larm:
         """
         self.watcher.begin()
         self.use(self.config)
+        self.health.note_file(())
 
     def use(self, config: Config) -> None:
         """Put a configuration in force; raises Unrecordable."""
@@ -4008,6 +4315,12 @@ def status(arguments: argparse.Namespace) -> int:
                 db = stack.enter_context(contextlib.closing(connect(config.database, True)))
                 schema_version(db)
             chosen = describe_monitors(db, config, clock.now(), keys)
+            rows = read_monitors(db) if db else {}
+            channels = read_channels(db) if db else {}
+            seen = {
+                key: recent_heartbeats(db, rows[key]["id"], BODIES_KEPT)
+                for key in keys or () if db and key in rows
+            }
     except (sqlite3.Error, ValueError) as error:
         raise UserError(f"{config.database}: can't be read: {error}", BAD_NEWS) from None
     if arguments.json:
@@ -4023,6 +4336,11 @@ def status(arguments: argparse.Namespace) -> int:
     for monitor in (config.monitors[one["id"]] for one in chosen):
         if moments := upcoming(monitor, config.timezone, clock.now()):
             print(f"{monitor.key}: {describe_rhythm(monitor)}; next {', '.join(moments)}")
+        for line in rhythm(monitor, seen.get(monitor.key, ())).lines():
+            print(f"{monitor.key}: {line}")
+    for name in config.channels if not keys else ():
+        said = describe_channel(channels.get(name), config.timezone, clock.now())
+        print(f"channel {name}: {said}")
     return DONE
 
 

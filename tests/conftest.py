@@ -113,11 +113,13 @@ class House:
         self.text = text or self.text
         self.open()
 
-    def ping(self, key: str, action: str = "", body: str | None = None) -> None:
+    def ping(
+        self, key: str, action: str = "", body: str | None = None, rid: str | None = None
+    ) -> None:
         self.intake.receive(
             self.watched[key].token,
             action,
-            lambda signal, status: larm.Ping(signal, exit_status=status, body=body),
+            lambda signal, status: larm.Ping(signal, exit_status=status, body=body, rid=rid),
         )
 
     def tick(self) -> None:

@@ -393,10 +393,10 @@ def test_a_monitor_that_is_paused_just_then_is_not_called_down(house):
     larm.ping("job")
     larm.clock.advance(70_001)
     with larm.store.reading() as db:
-        due = program.overdue(db, larm.clock.now())
+        due = program.due_monitors(db, "deadline_at", larm.clock.now())
     job, now = larm.config.monitors["job"], larm.clock.now()
     larm.store.write(lambda db: program.pause_or_resume(db, job, "pause", None, now))
-    larm.store.write(lambda db: larm.watcher._call_down(db, due))
+    larm.store.write(lambda db: larm.watcher._call_down(db, due, ()))
     assert (larm.events(), larm.state("job")) == ([], "paused")
 
 

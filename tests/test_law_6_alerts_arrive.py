@@ -355,7 +355,7 @@ def test_a_down_and_its_up_that_are_both_unsent_are_one_message(house, webhook):
     [alert] = webhook.alerts
     assert alert["title"] == "UP: job"
     assert alert["type"] == "success"
-    assert re.search(r"job was down from .* to .*, for 1[0-9.]+ s, and is up again", alert["message"])
+    assert re.search(r"job was down from .* to .*, for 3 s, and is up again", alert["message"])
     assert states(larm) == ["sent", "sent"]
 
 

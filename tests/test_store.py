@@ -580,8 +580,20 @@ def test_a_deadline_that_a_shorter_interval_leaves_behind_is_missed(house):
 # The cost of a tick
 
 
-@pytest.mark.parametrize("query", [program.overdue, program.next_due_at])
-def test_deadlines_are_found_by_their_partial_index(opened, query):
+def overdue(db, now):
+    return program.due_monitors(db, "deadline_at", now)
+
+
+def held_or_due(db, now):
+    return program.due_monitors(db, "alert_at", now)
+
+
+@pytest.mark.parametrize(
+    ("query", "index"),
+    [(overdue, "monitors_by_deadline"), (program.next_due_at, "monitors_by_deadline"),
+     (held_or_due, "monitors_by_alert")],
+)
+def test_what_is_due_is_found_by_a_partial_index(opened, query, index):
     with opened().reading() as db:
         statements: list[str] = []
         db.set_trace_callback(statements.append)
@@ -589,6 +601,6 @@ def test_deadlines_are_found_by_their_partial_index(opened, query):
         db.set_trace_callback(None)
         plan = [row["detail"] for row in db.execute(f"EXPLAIN QUERY PLAN {statements[0]}")]
     found = [line for line in plan if "monitors" in line]
-    assert "monitors_by_deadline" in found[0]
+    assert index in found[0]
     assert all("USING" in line for line in found)
     assert not any("TEMP B-TREE" in line for line in plan)
