@@ -4,13 +4,16 @@ withdrawal.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sqlite3
 import tempfile
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import START, House, Webhook
+from conftest import START, TOKEN, House, Webhook, wait_until
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -911,3 +914,24 @@ def test_no_two_alerts_in_a_row_say_the_same_of_a_monitor_and_the_last_is_right(
             assert (told or ["UP"])[-1] == state, told
         finally:
             larm.store.close()
+
+
+def test_500_monitors_that_fall_silent_together_are_one_message_a_channel_within_5_s(
+    start, webhooks
+):
+    one, two = webhooks(), webhooks()
+    keys = [f"job-{number:03}" for number in range(500)]
+    larm = start(
+        channels(one=one.url, two=two.url)
+        + "".join(monitor(key, f'token = "{TOKEN}-{key}"', "1d") for key in keys)
+    )
+    for key in keys:
+        larm.ping(f"{TOKEN}-{key}")
+    deadline = int((time.time() + 1.5) * 1_000)  # theirs were spread over the pings
+    with contextlib.closing(sqlite3.connect(larm.folder / "larm.db", timeout=10)) as db, db:
+        db.execute("UPDATE monitors SET expected_at = :at, deadline_at = :at", {"at": deadline})
+    wait_until(lambda: one.alerts and two.alerts)
+    for webhook in (one, two):
+        assert webhook.titles() == ["DOWN: 500 monitors"]
+        assert all(key in webhook.alerts[0]["message"] for key in keys)
+        assert webhook.arrived[0] - deadline / 1_000 <= 5
