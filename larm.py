@@ -931,6 +931,7 @@ MIGRATIONS = [
         monitor_id INTEGER NOT NULL REFERENCES monitors,
         rid TEXT,
         started_at INTEGER NOT NULL,
+        max_runtime INTEGER,
         ends_by INTEGER                   -- by max_runtime; NULL once it has overrun
     );
     CREATE INDEX runs_by_monitor ON runs (monitor_id);
@@ -1314,7 +1315,7 @@ def _insert_monitor(db: sqlite3.Connection, monitor: Monitor, now: int) -> sqlit
         """
         INSERT INTO monitors (key, name, made_token, created_at, since, rhythm)
         VALUES (:key, :name, :token, :now, :now, :rhythm)
-        RETURNING *
+        RETURNING *, 0 AS running
         """,
         {"key": monitor.key, "name": monitor.name, "token": secrets.token_hex(16), "now": now,
          "rhythm": monitor.rhythm},
@@ -1410,6 +1411,7 @@ def _rewatch(db: sqlite3.Connection, monitor: Monitor, row: sqlite3.Row, now: in
         watching, unwatched_at = "yes", None
         away = now - row["unwatched_at"]
         alert_at = alert_at and alert_at + away
+        move_runs(db, row["id"], away, monitor.max_runtime)
         if deadline_at is not None:
             counts_from, expected_at = counts_from + away, expected_at + away
             deadline_at += away
@@ -1424,6 +1426,8 @@ def _rewatch(db: sqlite3.Connection, monitor: Monitor, row: sqlite3.Row, now: in
             "WHERE id = :id",
             values | {"id": row["id"]},
         )
+    if row["running"]:
+        move_runs(db, row["id"], 0, monitor.max_runtime)
     if not monitor.enabled and row["watching"] != "disabled":
         unwatch(db, row["id"], "disabled", now)
     elif monitor.enabled and row["watching"] == "disabled":
@@ -1484,6 +1488,16 @@ TAKE_PINGS = """
                 FROM events
                 WHERE monitor_id = new.monitor_id AND at > new.at - new.interval AND at <= new.at
             ) < 10
+        )
+        OR (
+            new.signal = 'start'
+            AND NOT EXISTS (SELECT 1 FROM runs WHERE monitor_id = new.monitor_id)
+            AND (
+                SELECT COUNT(*)
+                FROM heartbeats
+                WHERE monitor_id = new.monitor_id AND signal = 'start'
+                AND at > new.at - new.interval AND at <= new.at
+            ) < 10
         );
         UPDATE monitors
         SET received_at = new.at, counts_from = new.at,
@@ -1495,9 +1509,10 @@ TAKE_PINGS = """
 """Store a ping unless the throttle drops it, and move its monitor's deadline where one runs.
 
 The window counts from the newest stored heartbeat of the same signal, unless that one is dated in
-the future, since the clock was wrong then. What changes the state is stored whatever the window,
-ten times an interval. It is a trigger, so that a batch of pings is one call of SQLite: each call
-lets go of the interpreter lock, and must win it back from the threads that serve requests.
+the future, since the clock was wrong then. What changes the state, or starts the only run, is
+stored whatever the window, ten times an interval. It is a trigger, so that a batch of pings is one
+call of SQLite: each call lets go of the interpreter lock, and must win it back from the threads
+that serve requests.
 """
 
 
@@ -1528,11 +1543,10 @@ def open_run(db: sqlite3.Connection, started: Received) -> None:
     monitor_id, limit = started.watched.id, started.watched.monitor.max_runtime
     db.execute(
         """
-        INSERT INTO runs (monitor_id, rid, started_at, ends_by)
-        VALUES (:monitor, :rid, :at, :ends_by)
+        INSERT INTO runs (monitor_id, rid, started_at, max_runtime, ends_by)
+        VALUES (:monitor, :rid, :at, :limit, :at + :limit)
         """,
-        {"monitor": monitor_id, "rid": started.ping.rid, "at": started.at,
-         "ends_by": limit and started.at + limit},
+        {"monitor": monitor_id, "rid": started.ping.rid, "at": started.at, "limit": limit},
     )
     db.execute(
         """
@@ -1549,11 +1563,11 @@ def open_run(db: sqlite3.Connection, started: Received) -> None:
     )
 
 
-def end_run(db: sqlite3.Connection, ended: Received, heartbeat_id: int | None) -> None:
+def end_run(db: sqlite3.Connection, ended: Received, heartbeat_id: int | None) -> bool:
     """Close the run that a ping ends: the last one with its rid, else the last one without any.
 
-    Those without a rid that started before are closed with it, and so is what has been open for so
-    long that its end will not come: their jobs were killed, or the machine was.
+    Those that began before it with the same rid, or none like it, are closed with it, and so is
+    what has been open for so long that its end will not come. True if other runs are open.
     """
     monitor = ended.watched.monitor
     whose = {"monitor": ended.watched.id, "rid": ended.ping.rid}
@@ -1572,14 +1586,16 @@ def end_run(db: sqlite3.Connection, ended: Received, heartbeat_id: int | None) -
         """
         DELETE FROM runs
         WHERE monitor_id = :monitor
-        AND (id = :id OR (id < :id AND rid IS NULL) OR (started_at < :lost AND ends_by IS NULL))
+        AND ((id <= :id AND rid IS :closed) OR (started_at < :lost AND ends_by IS NULL))
         """,
-        whose | {"id": run and run["id"], "lost": lost},
+        whose | {"id": run and run["id"], "closed": run and run["rid"], "lost": lost},
     )
     if run is not None:
         lasted = {"ms": max(0, ended.at - run["started_at"])} | whose | {"heartbeat": heartbeat_id}
         db.execute("UPDATE heartbeats SET duration_ms = :ms WHERE id = :heartbeat", lasted)
         db.execute("UPDATE monitors SET last_duration_ms = :ms WHERE id = :monitor", lasted)
+    others = db.execute("SELECT 1 FROM runs WHERE monitor_id = :monitor LIMIT 1", whose)
+    return others.fetchone() is not None
 
 
 def overrun(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
@@ -1595,6 +1611,18 @@ def overrun(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
         """,
         {"now": now, "limit": BATCH},
     ).fetchall()
+
+
+def move_runs(db: sqlite3.Connection, monitor_id: int, ms: int, max_runtime: int | None) -> None:
+    """Give a monitor's open runs so much more time, and another max_runtime where it changed."""
+    db.execute(
+        """
+        UPDATE runs
+        SET ends_by = ends_by + :ms + :limit - max_runtime, max_runtime = :limit
+        WHERE monitor_id = :monitor
+        """,
+        {"monitor": monitor_id, "ms": ms, "limit": max_runtime},
+    )
 
 
 def find_run(db: sqlite3.Connection, id: int) -> sqlite3.Row | None:
@@ -1925,7 +1953,10 @@ def shift_deadlines(db: sqlite3.Connection, from_at: int, to_at: int, set_by: in
         """
         UPDATE runs
         SET started_at = started_at + :set_by,
-            ends_by = ends_by + :set_by + MAX(0, :to - MAX(:from, started_at))
+            ends_by = ends_by + :set_by + IIF(
+                monitor_id IN (SELECT id FROM monitors WHERE watching = 'yes'),
+                MAX(0, :to - MAX(:from, started_at)), 0
+            )
         """,
         span,
     )
@@ -2002,7 +2033,11 @@ def pending_alerts(db: sqlite3.Connection, channel: str) -> list[sqlite3.Row]:
         """
         SELECT g.*, d.kind, e.type, e.at, e.reason, e.last_heartbeat_at, e.expected_at, e.down_ms,
             e.topic, e.text, m.key, m.name, h.body, h.exit_status, h.duration_ms,
-            (SELECT MIN(started_at) FROM runs WHERE monitor_id = m.id) AS running_since,
+            (
+                SELECT MAX(started_at)
+                FROM runs
+                WHERE monitor_id = m.id AND started_at > COALESCE(e.last_heartbeat_at, 0)
+            ) AS running_since,
             EXISTS (
                 SELECT 1 FROM heartbeats WHERE monitor_id = m.id AND signal = 'start'
             ) AS says_start
@@ -2343,7 +2378,7 @@ def send_alert(db: sqlite3.Connection, watched: Watched, now: int) -> None:
 
 BODY_KEPT = 10_000  # bytes of a ping's body, its last ones
 _CHANGES_AFTER = {  # the signals that change something next, and are not to be throttled here
-    "success": ("fail",), "fail": ("success",), "start": ("success", "fail"), "log": (),
+    "success": ("start",), "fail": ("success", "start"), "start": ("success",), "log": (),
 }
 _EXIT_STATUS = re.compile(r"0|[1-9][0-9]{0,2}")
 
@@ -2408,7 +2443,7 @@ class Intake:
             at = self._clock.now()
             if ping.signal == "success":
                 self._heard[watched.id] = at
-            if key in self._recent:
+            if key in self._recent and ping.signal != "fail":  # it may be one after a pause
                 stored_at, write = self._recent[key]
                 if 0 <= at - stored_at < watched.monitor.window:
                     if ping.signal == "success":
@@ -2437,17 +2472,21 @@ class Intake:
         heartbeat_id = heartbeat_of(db, one)
         if one.ping.signal == "start" and heartbeat_id is not None:
             open_run(db, one)
-        elif one.ping.signal in ("success", "fail"):
-            end_run(db, one, heartbeat_id)
+        elif one.ping.signal in ("success", "fail") and end_run(db, one, heartbeat_id):
+            self.forget(one.watched.id, "success")  # the next one may end another run
         if held["watching"] != "yes":
-            with self.lock:  # it must not throttle the first ping after the pause
-                self._recent.pop((one.watched.id, one.ping.signal), None)
+            self.forget(one.watched.id, one.ping.signal)  # the first one after the pause counts
             if one.ping.signal == "success":
                 note_received(db, one)
         elif (held["state"], one.ping.signal) == ("up", "success"):
             hear(db, [(one.watched, one.at)])
         elif heartbeat_id is not None:
             enter(db, self._by_id, one.watched, held, one.ping.signal, one.at, heartbeat_id)
+
+    def forget(self, monitor_id: int, signal: str) -> None:
+        """The next ping with this signal changes something: let it through to the database."""
+        with self.lock:
+            self._recent.pop((monitor_id, signal), None)
 
     def _current(self, one: Received) -> Received:
         """The same with its monitor as it is configured by now."""
@@ -2679,21 +2718,33 @@ class Watcher:
         """
         if not self._is_punctual():
             return
-        for held in due:
-            watched = self._by_id.get(held["id"])
-            if watched is None:
-                continue
-            heard_at = self._intake.heard_since(watched.id, held["counts_from"])
-            if heard_at is None:
-                enter(db, self._by_id, watched, held, "missed", held["deadline_at"])
-            else:
-                hear(db, [(watched, heard_at)])
-        for run in runs:
-            watched, row = self._by_id.get(run["monitor_id"]), find_run(db, run["id"])
-            if watched is not None and row is not None:  # it has not ended since
+        passed: list[tuple[int, sqlite3.Row, sqlite3.Row | None]] = [
+            *((row["deadline_at"], row, None) for row in due),
+            *((run["ends_by"], read_monitor(db, run["monitor_id"]), run) for run in runs),
+        ]
+        for at, held, run in sorted(passed, key=lambda found: found[0]):
+            if watched := self._by_id.get(held["id"]):
+                self._judge(db, watched, held, at, run)
+
+    def _judge(
+        self,
+        db: sqlite3.Connection,
+        watched: Watched,
+        held: sqlite3.Row,
+        at: int,
+        run: sqlite3.Row | None,
+    ) -> None:
+        """What a deadline, or the end of the time for a run, that has passed says of a monitor."""
+        if run is not None:
+            if find_run(db, run["id"]) is not None:  # it has not ended since
+                self._intake.forget(watched.id, "success")
                 held = read_monitor(db, watched.id)
-                enter(db, self._by_id, watched, held, "overran", run["ends_by"])
+                enter(db, self._by_id, watched, held, "overran", at)
                 limit_no_more(db, "id", run["id"])
+        elif (heard_at := self._intake.heard_since(watched.id, held["counts_from"])) is None:
+            enter(db, self._by_id, watched, held, "missed", at)
+        else:
+            hear(db, [(watched, heard_at)])
 
     def _released(self, db: sqlite3.Connection) -> list[sqlite3.Row]:
         """The monitors whose alerts wait no longer: all that they depend on was heard of since."""
@@ -2809,7 +2860,7 @@ def rhythm(monitor: Monitor, heartbeats: Sequence[sqlite3.Row]) -> Rhythm:
     if usual and max(usual) > monitor.grace:
         grace = format_duration(monitor.grace) if monitor.grace else "0"
         return Rhythm(apart, lasted, f"they come up to {format_duration(max(usual))} late; a grace "
-                                     f'of {grace} will alert: try grace = "{_setting(max(usual))}"')
+                                     f'of {grace} will alert: try grace = "{_setting(max(usual) * 1.1)}"')
     return Rhythm(apart, lasted, None)
 
 
@@ -2831,15 +2882,15 @@ def _shift(monitor: Monitor, late: Sequence[int]) -> str | None:
     if not shift or late[-1] - late[0] > 10 * MINUTE or abs(late[0] - shift) > 5 * MINUTE:
         return None
     if shift > monitor.interval // 2:
-        return f"{format_duration(monitor.interval - shift)} before"
-    return f"{format_duration(shift)} after"
+        shift -= monitor.interval
+    return f"{format_duration(abs(shift))} {'after' if shift > 0 else 'before'}"
 
 
-def _setting(ms: int) -> str:
-    """The next round duration, as larm.toml has it, that leaves some room."""
+def _setting(ms: float) -> str:
+    """The next round duration, as larm.toml has it."""
     rounds = ("10s", "30s", "1m", "2m", "5m", "10m", "15m", "30m", "1h", "2h", "3h", "6h", "12h",
               "1d", "2d", "3d", "1w", "2w", "31d")
-    return next((text for text in rounds if parse_duration(text) * 0.98 >= ms), "366d")
+    return next((text for text in rounds if parse_duration(text) >= ms * 0.98), "366d")
 
 
 class Health:
@@ -2988,6 +3039,7 @@ def _covered(spans: Iterable[tuple[int, int]], start: int, end: int) -> int:
 PAUSES = (10 * SECOND, 30 * SECOND, MINUTE, 5 * MINUTE, 15 * MINUTE, HOUR)
 LATE = 10 * MINUTE  # a message delivered so long after its event says so
 LISTED = 20  # alerts that one message describes; of the others it gives the names
+NTFY_ROOM = 3_900  # bytes; Apprise thinks it takes more, but a server refuses over 4,096
 NAMED = 20  # of the monitors that depend on one that is down
 OUTPUT_LINES, OUTPUT_WIDTH = 10, 300  # of the job's output, its last lines
 NAME_SHOWN, NOTE_SHOWN = 200, 1_000  # characters
@@ -3080,7 +3132,7 @@ def send(urls: Sequence[str], title: str, body: str, kind: str) -> str | None:
             if result:  # a bool, or None for nothing sent; since Apprise 2 an object like a bool
                 return None
             lines += [entry.message for entry in result.logs()] if hasattr(result, "logs") else []
-    except Exception as error:  # a plugin of Apprise's may raise anything
+    except (Exception, SystemExit) as error:  # a plugin of Apprise's may raise anything
         lines.append(f"{type(error).__name__}: {error}")
     finally:
         del _captured.lines[threading.get_ident()]
@@ -3088,10 +3140,11 @@ def send(urls: Sequence[str], title: str, body: str, kind: str) -> str | None:
 
 
 def room(url: str) -> int:
-    """How many characters one message by an Apprise URL may have."""
+    """How many bytes one message by an Apprise URL may have."""
     try:
         service = _apprise().Apprise.instantiate(url)
-        return int(service.body_maxlen) - (NAME_SHOWN if service.title_maxlen <= 0 else 0)
+        longest = NTFY_ROOM if url.startswith("ntfy") else int(service.body_maxlen)
+        return longest - (NAME_SHOWN if service.title_maxlen <= 0 else 0)
     except Exception:  # send() tells what is wrong with it
         return 1_000
 
@@ -3157,8 +3210,8 @@ def compose(
 ) -> Message:
     """One message of a channel's unsent alerts (as pending_alerts() gives them), at least one.
 
-    Several keep to `room` characters: the first are described, the others named, and of what is
-    left the message says how many there are and where.
+    It keeps to `room` bytes where it can: the first are described, if need be without the output,
+    the others named, and of what is left the message says how many there are and where.
     """
     names: dict[str, list[str]] = {found: [] for found in dict.fromkeys([*LABELS.values(), "LARM"])}
     for alert in alerts:
@@ -3173,14 +3226,17 @@ def compose(
     for number, alert in enumerate(alerts):
         rest = f"\n\nAnd {len(alerts) - number} more: {config.url}/"
         short = f"{label(alert)}: {subject(alert)}"
-        full = _describe(alert, gaps, config, now) if number < LISTED else short
-        left = room - len(text) - len(rest)
-        chosen = next((one for one in (full, short) if len(one) + 2 <= left), None)
+        full = brief = short
+        if number < LISTED:
+            full, brief = (_describe(alert, gaps, config, now, output) for output in (True, False))
+        left = room - len(text.encode()) - (len(rest) if len(alerts) > 1 else 0)
+        forms = (full, brief, short)
+        chosen = next((one for one in forms if len(one.encode()) + 2 <= left), None)
         if len(alerts) > 1 and chosen is None:
             text += rest
             break
         between = "\n" if number > LISTED else "\n\n" if text else ""
-        text += between + (chosen or full)
+        text += between + (chosen or brief)
     kinds = {"failure": names["DOWN"], "warning": names["FLAPPING"] + names["STILL DOWN"]}
     troubles = [alert["type"] == "down" for alert in alerts if alert["key"] is None]
     kinds["warning"] += ["LARM"] if any(troubles) else []
@@ -3188,7 +3244,7 @@ def compose(
 
 
 def _describe(
-    alert: Alert, gaps: Sequence[sqlite3.Row], config: Config, now: int
+    alert: Alert, gaps: Sequence[sqlite3.Row], config: Config, now: int, with_output: bool
 ) -> str:
     """What happened and when, what was expected, what the job said, and where to look."""
     monitor = config.monitors.get(alert["key"])
@@ -3211,7 +3267,7 @@ def _describe(
             if last < gap["to_at"] and gap["from_at"] < at and is_long(gap)
         ]
     if alert["type"] == "down" and monitor:
-        names = [one.name for one in config.monitors.values()
+        names = [plain(one.name)[:NAME_SHOWN] for one in config.monitors.values()
                  if monitor.key in ancestors(config.monitors, one.key)]
         if names:
             verb = "depends" if len(names) == 1 else "depend"
@@ -3220,7 +3276,8 @@ def _describe(
                          f"{', '.join(names[:NAMED])}{more}.")
     if now - alert["ready_at"] > LATE:
         lines.append("This alert is late: it could not be delivered before.")
-    if output := plain(alert["body"] or "").strip():
+    output = plain(alert["body"] or "").strip() if with_output else ""
+    if output:
         lines += ["Output:", *(line[:OUTPUT_WIDTH] for line in output.splitlines()[-OUTPUT_LINES:])]
     if monitor and monitor.note:
         lines.append(plain(monitor.note)[:NOTE_SHOWN])
@@ -4635,8 +4692,11 @@ def serve(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: setattr(larm, "stop_asked", True))
     signal.signal(signal.SIGHUP, lambda *_: setattr(larm, "reload_asked", True))
     announce(larm)
-    reason = larm.run()
-    larm.close()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), (
+        contextlib.redirect_stderr(nowhere)  # a plugin of Apprise's may print; the log has its own
+    ):
+        reason = larm.run()
+        larm.close()
     if reason:
         log.error("Larm ends: %s", reason)
     else:
@@ -4863,7 +4923,9 @@ def main(argv: Sequence[str]) -> int:
     """Run a verb; every error is a line on stderr and an exit code."""
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    logging.getLogger().addHandler(logging.NullHandler())  # libraries may log secrets (law 9)
     threading.excepthook = lambda failed: log.error(
         "a thread failed", exc_info=failed.exc_value or failed.exc_type()
     )
