@@ -26,6 +26,7 @@ import bisect
 import contextlib
 import dataclasses
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -40,10 +41,12 @@ import queue
 import random
 import re
 import secrets
+import select
 import signal
 import socket
 import sqlite3
 import sys
+import termios
 import threading
 import time
 import tomllib
@@ -76,6 +79,7 @@ DAY = 24 * HOUR
 WEEK = 7 * DAY
 
 LONGEST = 366 * DAY  # of an interval
+NEVER = 1000 * LONGEST
 SANE = 1_577_836_800_000  # 2020-01-01: a clock before it has not been set since the machine started
 
 _UNITS = {"w": WEEK, "d": DAY, "h": HOUR, "m": MINUTE, "s": SECOND}
@@ -311,7 +315,7 @@ class Monitor:
             expected_at = received_at + self.interval
         else:
             early = min(self.grace, self.interval // 10)
-            expected_at = (self.schedule.next_after(received_at + early) or [LONGEST * 1000])[0]
+            expected_at = (self.schedule.next_after(received_at + early) or [NEVER])[0]
         return expected_at, expected_at + self.grace
 
 
@@ -346,7 +350,20 @@ class Config:
         return urlsplit(self.url).path
 
     def ping_url(self, token: str) -> str:
-        return f"{self.url}/api/heartbeat/{token}"
+        return heartbeat_url(self.url, token)
+
+
+def heartbeat_url(url: str, token: str) -> str:
+    return f"{url}/api/heartbeat/{token}"
+
+
+@dataclass(frozen=True)
+class Address:
+    """What a job needs to know of a larm.toml in order to ping."""
+
+    url: str
+    database: Path
+    token: str | None  # None: it is in the database
 
 
 class ConfigError(Exception):
@@ -569,7 +586,7 @@ class _Loader:
     def config(self, values: dict[str, object]) -> Config:
         top = Table("", values, self.mistakes)
         zone = top.take("timezone", _named_zone, None)
-        host, port = top.take("listen", _address, ("127.0.0.1", 5276))
+        host, port, url, database = self._place(top)
         channels = self._channels(top.take("channels", self._table("channels"), None))
         defaults = top.take("defaults", self._table("defaults"), None)
         monitors = top.take("monitors", self._table("monitors"), None)
@@ -578,8 +595,8 @@ class _Loader:
             path=self._path,
             host=host,
             port=port,
-            url=top.take("url", _public_url, default_url(host, port)),
-            database=self._path.parent / top.take("database", _name, "larm.db"),
+            url=url,
+            database=database,
             timezone=zone[0] if zone else system_zone(),
             keep=top.take("keep", _duration(SECOND, 3660 * DAY), 90 * DAY),
             password=top.take("password", self._secret, None),
@@ -590,6 +607,22 @@ class _Loader:
         )
         top.refuse_others({})
         return config
+
+    def address(self, values: dict[str, object], key: str) -> Address:
+        top = Table("", values, self.mistakes)
+        _, _, url, database = self._place(top)
+        monitors = top.take("monitors", self._table("monitors"), None)
+        found = monitors.values if monitors else {}
+        if key not in found:
+            self.mistakes.append(f"no monitor {show(key)}{nearest(key, found)}")
+        own = Table(f"monitors.{key}", found.get(key, {}), self.mistakes)
+        return Address(url, database, own.take("token", self._token, None))
+
+    def _place(self, top: Table) -> tuple[str, int, str, Path]:
+        """host, port, url and database"""
+        host, port = top.take("listen", _address, ("127.0.0.1", 5276))
+        url = top.take("url", _public_url, default_url(host, port))
+        return host, port, url, self._path.parent / top.take("database", _name, "larm.db")
 
     def _table(self, path: str) -> Callable[[object], Table]:
         return lambda value: Table(path, value, self.mistakes)
@@ -775,9 +808,31 @@ def load(path: Path, environ: Mapping[str, str], accepts: Accepts | None = None)
 
     `accepts` judges channel URLs: Notifier's accepts(), which costs an import of apprise.
     """
+    loader = _Loader(path, environ, accepts or (lambda _: None))
+    config = loader.config(read_toml(path))
+    if loader.mistakes:
+        raise ConfigError(path, loader.mistakes)
+    return config
+
+
+def load_address(path: Path, key: str, environ: Mapping[str, str]) -> Address:
+    """Where the job of that monitor pings; raises ConfigError.
+
+    Mistakes elsewhere in the file are no matter: Larm itself goes on with the last good one
+    (law 7), and so must its jobs. Nor is cronsim needed, which another Python may not have.
+    """
+    loader = _Loader(path, environ, lambda _: None)
+    address = loader.address(read_toml(path), key)
+    if loader.mistakes:
+        raise ConfigError(path, loader.mistakes)
+    return address
+
+
+def read_toml(path: Path) -> dict[str, object]:
+    """The values in a TOML file; raises ConfigError."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        values = tomllib.loads(text.replace("\r\n", "\n"))
+        return tomllib.loads(text.replace("\r\n", "\n"))
     except FileNotFoundError:
         hint = "no such file; name one with -c, or run Larm without -c for a starter"
         raise ConfigError(path, [hint], missing=True) from None
@@ -791,11 +846,6 @@ def load(path: Path, environ: Mapping[str, str], accepts: Accepts | None = None)
         reason = str(error).replace("at end of document", last)
         hint = next((hint for sign, hint in TOML_HINTS.items() if sign in reason), "")
         raise ConfigError(path, [f"is not valid TOML: {reason}{hint}"]) from None
-    loader = _Loader(path, environ, accepts or (lambda _: None))
-    config = loader.config(values)
-    if loader.mistakes:
-        raise ConfigError(path, loader.mistakes)
-    return config
 
 
 def warn_of(config: Config) -> None:
@@ -2232,21 +2282,30 @@ def held_until(db: sqlite3.Connection, watched: Watched, row: sqlite3.Row) -> in
     return until
 
 
+def next_alert_at(
+    db: sqlite3.Connection, watched: Watched, row: sqlite3.Row, now: int
+) -> int | None:
+    """When the next alert about a monitor is due, as things stand; None: there is none."""
+    monitor, is_down, since = watched.monitor, row["state"] == "down", int(row["since"])
+    until = held_until(db, watched, row) if is_down else now
+    if until is None:
+        return None
+    if row["told"] == "flapping":
+        return max(until, since + SETTLED_AFTER * monitor.interval)
+    if row["told"] != row["state"]:
+        return max(until, now)
+    if is_down and monitor.remind:
+        return min(row["alert_at"] or NEVER, now + monitor.remind)
+    return None
+
+
 def consider_alert(db: sqlite3.Connection, watched: Watched, now: int) -> None:
     """Plan the next alert about a monitor, and queue it where it is due by now.
 
     To be called when its state has changed, or that of one that it depends on, or its settings.
     """
     row = read_monitor(db, watched.id)
-    state, told, remind = row["state"], row["told"], watched.monitor.remind
-    due = held_until(db, watched, row) if state == "down" else now
-    due = due and max(due, now)
-    if due is not None and told == "flapping":
-        due = max(due, row["since"] + SETTLED_AFTER * watched.monitor.interval)
-    elif due is not None and state == told:
-        due = min(row["alert_at"] or LONGEST * 1000, now + remind) if (
-            remind and state == "down"
-        ) else None
+    due = next_alert_at(db, watched, row, now)
     if due != row["alert_at"]:
         plan_alert(db, watched.id, due)
     if due is not None and due <= now:
@@ -4138,6 +4197,326 @@ class Larm:
 
 
 # ======================================================================================
+# Job wrapper: runs a command as if it stood alone, and reports on it. Needs no package.
+# ======================================================================================
+
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+TRY_WITHIN = 10  # seconds that Larm has to answer a ping
+TRY_AGAIN_AFTER = (1, 5)  # seconds; a Retry-After counts instead, up to LONGEST_PAUSE
+LONGEST_PAUSE = 10
+REPORT_WITHIN = 75  # seconds after the job's end; three tries of two pings that all hang take 72
+HURRY = 2  # seconds left for reporting once a signal says that run shall end, too
+SILENCE = 1  # second without output, after the job's end, in which its children are given up
+CHATTER = 5  # seconds after the job's end in which they are given up even if they print on
+CHUNK = 65_536  # bytes read at a time: what a pipe holds
+
+
+class Unreported(Exception):
+    """Why Larm could not be told; shows neither URL nor token (law 9)."""
+
+
+def say(text: str) -> None:
+    """A line on stderr, which may be closed or on a full disk."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"larm.py run: {text}\n".encode(errors="replace"))
+
+
+def ping(url: str, body: bytes) -> str | None:
+    """Post to a ping URL, three times if need be; why it failed, or None if it arrived."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    opener = urllib.request.OpenerDirector()  # without redirects, which would lose the body
+    opener.add_handler(urllib.request.ProxyHandler())
+    if url.lower().startswith("https:"):  # otherwise not, for it loads all the certificates
+        opener.add_handler(urllib.request.HTTPSHandler())
+    opener.add_handler(urllib.request.HTTPHandler())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
+    opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
+    headers = {"User-Agent": f"larm.py run/{__version__}", "Content-Type": "text/plain"}
+    reason = ""
+    for pause in (*TRY_AGAIN_AFTER, 0):
+        try:
+            opener.open(urllib.request.Request(url, body, headers), timeout=TRY_WITHIN).close()
+            return None
+        except urllib.error.HTTPError as error:
+            reason = f"HTTP status {error.code}"
+            retry_after = error.headers.get("Retry-After", "")
+            if pause and retry_after.isdecimal():
+                pause = min(int(retry_after), LONGEST_PAUSE)
+            error.close()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            cause = error.reason if isinstance(error, urllib.error.URLError) else error
+            if isinstance(cause, TimeoutError):
+                reason = f"no answer within {TRY_WITHIN} s"
+            else:  # only strerror is sure not to show the URL
+                reason = getattr(cause, "strerror", None) or type(error).__name__
+        time.sleep(pause)
+    return reason
+
+
+class Reporter:
+    """Tells Larm of a job's start and end, in this order, from a thread of its own, so that the job
+    waits for nothing: `find_url` (which may raise Unreported) is called there, too.
+    """
+
+    def __init__(self, find_url: Callable[[], str]) -> None:
+        self.finished = threading.Event()
+        self.complaint: str | None = "not reported: Larm has not answered in time"
+        self._find_url = find_url
+        self._ended: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
+        threading.Thread(target=self._report, name="reporter", daemon=True).start()
+
+    def end(self, status: int, output: bytes) -> None:
+        """Report the job's end, and return when that is done or REPORT_WITHIN is over."""
+        self._ended.put((status, output))
+        self.finished.wait(REPORT_WITHIN)
+
+    def _report(self) -> None:
+        try:
+            url, rid = self._find_url(), secrets.token_hex(8)
+            reasons = {"start": ping(f"{url}/start?rid={rid}", b"")}
+            status, output = self._ended.get()
+            reasons["end"] = ping(f"{url}/{status}?rid={rid}", output)
+            missed = [name for name, reason in reasons.items() if reason]
+            last = reasons["end"] or reasons["start"]
+            self.complaint = f"{' and '.join(missed)} not reported: {last}" if missed else None
+        except Unreported as error:
+            self.complaint = f"not reported: {error}"
+        except Exception as error:  # whatever it is, the job's result is the job's
+            self.complaint = f"not reported: {type(error).__name__}"
+        self.finished.set()
+
+
+@dataclass
+class Tap:
+    """An output stream on its way through: the job writes to `theirs`, we read from `ours`."""
+
+    sinks: list[int]  # 1, 2 or both
+    ours: int
+    theirs: int
+    terminal: bool
+
+
+def open_taps() -> list[Tap]:
+    """One for stdout and one for stderr; one for both where they are the same file, so that what
+    is written to it keeps its order.
+
+    A terminal is replaced by another one, of the same size and settings, so that a job shows its
+    progress as ever. The bytes pass the new one unchanged; the old one does what terminals do.
+    """
+    taps: dict[tuple[int, int], Tap] = {}
+    for sink in (1, 2):
+        info = os.fstat(sink)
+        file = (info.st_dev, info.st_ino or -sink)  # macOS numbers no pipe: 0 tells nothing
+        if file in taps:
+            taps[file].sinks.append(sink)
+            continue
+        if os.isatty(sink):
+            with contextlib.suppress(OSError, termios.error):  # no pty left: it gets a pipe
+                ours, theirs = os.openpty()
+                attributes = termios.tcgetattr(sink)
+                attributes[1] &= ~termios.OPOST  # "\n" becomes "\r\n" once, not twice
+                termios.tcsetattr(theirs, termios.TCSANOW, attributes)
+                termios.tcsetwinsize(theirs, termios.tcgetwinsize(sink))
+                taps[file] = Tap([sink], ours, theirs, True)
+                continue
+        taps[file] = Tap([sink], *os.pipe(), False)
+    return list(taps.values())
+
+
+def spawn(command: list[str], taps: Sequence[Tap], mask: Iterable[int]) -> int:
+    """Start a command with its output going to the taps; its process id. Raises OSError.
+
+    Everything else is as if it were started without us: stdin, other open files, process group
+    and terminal, signals. LARM_URL is ours, and a secret: the job's environment does not have it.
+    """
+    environ = {name: value for name, value in os.environ.items() if name != "LARM_URL"}
+    streams = [(os.POSIX_SPAWN_DUP2, tap.theirs, sink) for tap in taps for sink in tap.sinks]
+    try:
+        return os.posix_spawnp(
+            command[0], command, environ, file_actions=streams, setsigmask=mask,
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
+        )
+    except OSError as error:
+        import shutil
+
+        path = shutil.which(command[0])
+        if error.errno != errno.ENOEXEC or path is None:
+            raise
+        return spawn(["/bin/sh", path, *command[1:]], taps, mask)  # no #!: as a shell does it
+
+
+class Job:
+    """A command that runs, or could not be started."""
+
+    def __init__(self, command: list[str], mask: Iterable[int]) -> None:
+        self.status = 0
+        self.output = bytearray()  # the last of it; at least BODY_KEPT bytes if there are
+        self._lost: OSError | None = None  # why output could not be passed on
+        self._taps = open_taps()
+        self._sources = {tap.ours: tap for tap in self._taps}
+        self._pid: int | None = None
+        try:
+            self._pid = spawn(command, self._taps, mask)
+        except OSError as error:
+            self.status = 127 if error.errno == errno.ENOENT else 126
+            self._say(f"{command[0]}: {error.strerror}")
+
+    def _say(self, text: str) -> None:
+        say(text)
+        self.output += f"larm.py run: {text}\n".encode(errors="replace")
+
+    def follow(self) -> None:
+        """Pass on what the job prints, to its end."""
+        if self._pid is None:
+            return
+        ended, ending = os.pipe()
+        copying = threading.Thread(target=self._copy, args=(ended,), name="copying", daemon=True)
+        copying.start()
+        code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        self._pid = None
+        self.status = code if code >= 0 else 128 - code
+        os.close(ending)
+        # A reader may take its time, but where the job was killed, its exit must not wait for it.
+        copying.join(CHATTER + HURRY if code < 0 else None)
+        if self._lost:
+            self._say(f"the job's output could not be written: {self._lost.strerror}")
+            self.status = self.status or 1
+
+    def _copy(self, ended: int) -> None:
+        while True:
+            ready = select.select([*self._sources, ended], [], [])[0]
+            if ended in ready:
+                break
+            self._pass_on(ready)
+        for tap in self._taps:  # not before: macOS forgets what a closed terminal has not read
+            os.close(tap.theirs)
+        self._drain()
+
+    def _drain(self) -> None:
+        """Pass on what was under way when the job ended, and for a short time what its children
+        print, which may run on for as long as they like.
+        """
+        owed = 0
+        for source in self._sources:
+            with contextlib.suppress(OSError):
+                readable = fcntl.ioctl(source, termios.FIONREAD, bytes(4))
+                owed += int.from_bytes(readable, sys.byteorder)
+        end = time.monotonic() + CHATTER
+        while self._sources and (owed > 0 or time.monotonic() < end):
+            ready = select.select([*self._sources], [], [], SILENCE)[0]
+            if not ready:
+                break
+            owed -= self._pass_on(ready)
+
+    def _pass_on(self, ready: Iterable[int]) -> int:
+        """The number of bytes passed on."""
+        count = 0
+        for source in ready:
+            tap = self._sources[source]
+            try:
+                data = os.read(source, CHUNK)
+            except OSError:  # Linux's way to say that nobody has the other end any more
+                data = b""
+            count += len(data)
+            self.output += data
+            if len(self.output) > BODY_KEPT + CHUNK:
+                del self.output[:-BODY_KEPT]
+            try:
+                write_all(tap.sinks[0], data)
+            except OSError as error:
+                data = b""  # the job's next write must fail as it would without us
+                # A reader that has had enough and a terminal that was closed are no failures;
+                # output that is not in its file although the job believes it to be is one.
+                if error.errno != errno.EPIPE and not tap.terminal:
+                    self._lost = error
+            if not data:
+                os.close(source)
+                del self._sources[source]
+        return count
+
+    def send_signal(self, number: int) -> bool:
+        """Whether the job was still there."""
+        if (pid := self._pid) is None:
+            return False
+        with contextlib.suppress(OSError):  # it ended a moment ago, or has become another user's
+            os.kill(pid, number)
+        return True
+
+    def resize(self) -> None:
+        """Give the job's terminal our terminal's new size."""
+        with contextlib.suppress(OSError, termios.error):
+            for tap in self._taps:
+                size = termios.tcgetwinsize(tap.sinks[0]) if tap.terminal else None
+                if size and size != termios.tcgetwinsize(tap.ours):
+                    termios.tcsetwinsize(tap.ours, size)
+                    os.kill(0, signal.SIGWINCH)  # the job had its own before the size was there
+
+
+def write_all(sink: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        try:
+            rest = rest[os.write(sink, rest) :]
+        except BlockingIOError:  # whoever started us shares a stream that does not block
+            select.select([], [sink], [])
+
+
+def next_signal(waited: Iterable[int]) -> tuple[int, bool]:
+    """The next signal, and whether it is a key's, such as Ctrl-C: the job has had those, too."""
+    if hasattr(signal, "sigwaitinfo"):
+        info = signal.sigwaitinfo(waited)
+        number, typed = info.si_signo, info.si_code > 0  # sent by the kernel, not by a process
+    else:  # macOS does not say who sent it
+        number = signal.sigwait(waited)
+        typed = os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp()
+    return number, typed and number in (signal.SIGINT, signal.SIGQUIT)
+
+
+def pass_signals(job: Job, reporter: Reporter, waited: Iterable[int]) -> NoReturn:
+    """Pass signals on to the job; after its end one means that run shall end soon, too."""
+    while True:
+        number, typed = next_signal(waited)
+        if number == signal.SIGWINCH:
+            job.resize()
+        elif not job.send_signal(0 if typed else number) and not reporter.finished.wait(HURRY):
+            say(f"{reporter.complaint}")
+            os._exit(job.status)  # whatever it is that takes so long
+
+
+def run_job(command: list[str], find_url: Callable[[], str]) -> int:
+    """Run a command as if it stood alone, tell Larm of its start and end; its exit status.
+
+    A command that can't be started is a failure with status 127 (not found) or 126. Where output
+    could not be passed on (a full disk), a status of 0 becomes 1: the job does not know. Larm
+    delays the exit by at most REPORT_WITHIN, a signal meanwhile shortens that to HURRY.
+    A child that outlives the job delays it by SILENCE or CHATTER; it loses its output's reader.
+    """
+    for stream in (0, 1, 2):
+        try:
+            os.fstat(stream)
+        except OSError:  # it is closed, and what is opened next would take its place
+            os.open(os.devnull, os.O_RDWR)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would hide how the job ended
+    signal.signal(signal.SIGWINCH, lambda *_: None)  # macOS drops it otherwise
+    heeded = [number for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]
+    waited = {*heeded, signal.SIGWINCH}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited)  # a thread waits for them
+    job = Job(command, mask)
+    reporter = Reporter(find_url)
+    threading.Thread(
+        target=pass_signals, args=(job, reporter, waited), name="signals", daemon=True
+    ).start()
+    job.follow()
+    reporter.end(job.status, bytes(job.output[-BODY_KEPT:]))
+    if reporter.complaint:
+        say(reporter.complaint)
+    return job.status
+
+
+# ======================================================================================
 # Command line: thin verbs.
 # ======================================================================================
 
@@ -4199,6 +4578,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     added.add_argument("duration", metavar="DURATION", nargs="?", help='such as "2h"')
     added = verb(resume, "watch a paused monitor again")
     added.add_argument("key", metavar="KEY")
+    added = verb(run, "run a job and report on it: its start, its exit status, its last output")
+    added.usage = "larm.py run [-c FILE] [--url URL | KEY] [--] COMMAND [ARG...]"
+    added.epilog = split_words.__doc__
+    added.add_argument("--url", help="the ping URL; or set LARM_URL, which ps does not show")
+    added.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     added = verb(test, "send a test alert")
     added.add_argument("channels", metavar="CHANNEL", nargs="*", help="only these channels")
     return parser.parse_args(argv)
@@ -4367,6 +4751,67 @@ def change_watching(arguments: argparse.Namespace, verb: str, span: int | None) 
     return DONE
 
 
+def run(arguments: argparse.Namespace) -> int:
+    """Run a job and report on it; the exit code is the job's own.
+
+    A mistake in what to report to is said, and does not keep the job from running.
+    """
+    key, command = split_words(arguments.words, arguments.url is not None)
+    if not command:
+        raise UserError("larm.py run: no COMMAND to run; see larm.py run --help", UNUSABLE)
+    return run_job(command, lambda: find_ping_url(arguments, key))
+
+
+def split_words(words: list[str], has_url: bool) -> tuple[str | None, list[str]]:
+    """With --url, all that follows is the command. Otherwise "KEY -- COMMAND" and "-- COMMAND" say
+    what is what. Without the "--", all is the command where LARM_URL is set; where it is not, the
+    first word is KEY, a monitor of larm.toml (the one here, or else the one beside larm.py).
+    """
+    if words[:1] == ["--"]:
+        return None, words[1:]
+    if has_url:
+        return None, words
+    if words[1:2] == ["--"]:
+        return words[0], words[2:]
+    # What can't be a key is a command whose LARM_URL got lost: it must run all the same.
+    if os.environ.get("LARM_URL") or not (words and _KEY.fullmatch(words[0])):
+        return None, words
+    return words[0], words[1:]
+
+
+def find_ping_url(arguments: argparse.Namespace, key: str | None) -> str:
+    """Raises Unreported."""
+    if key is None:
+        name, url = "--url", arguments.url
+        if url is None:
+            name, url = "LARM_URL", os.environ.get("LARM_URL")
+        if not url and name == "LARM_URL":
+            raise Unreported("name a monitor, larm.py run KEY -- COMMAND, or set LARM_URL")
+        shape = r"(https?://[^\s/?#@]+(?:/[!-~]*?)?)/*([?#].*)?"
+        if not (found := re.fullmatch(shape, url.strip(), re.IGNORECASE)):
+            raise Unreported(f"{name}: must look like http://nas.lan:5276/api/heartbeat/TOKEN")
+        return found[1]
+    here = Path("larm.toml")
+    beside = Path(__file__).with_name("larm.toml")  # cron starts at home
+    path: Path = getattr(arguments, "config", here if here.exists() else beside)
+    try:
+        address = load_address(path.absolute(), key, os.environ)
+        if address.token:
+            return heartbeat_url(address.url, address.token)
+        if not address.database.exists():
+            raise Unreported(f"{address.database}: no such file; start Larm once")
+        with contextlib.closing(connect(address.database, readonly=True)) as db:
+            schema_version(db)
+            row = read_monitors(db).get(key)
+    except ConfigError as error:
+        raise Unreported("; ".join(error.mistakes)) from None
+    except (OSError, sqlite3.Error, ValueError) as error:
+        raise Unreported(f"{path}: its database can't be read: {error}") from None
+    if row is None:
+        raise Unreported(f"{path}: monitors.{key} has no token yet; start Larm once")
+    return heartbeat_url(address.url, row["made_token"])
+
+
 def require_monitor(config: Config, key: str) -> Monitor:
     if key not in config.monitors:
         hint = nearest(key, config.monitors)
@@ -4428,7 +4873,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         arguments = parse_arguments(argv)
         code: int = arguments.verb(arguments)
-        sys.stdout.flush()
+        if sys.stdout:  # None where it is closed
+            sys.stdout.flush()
         return code
     except UserError as error:
         print(error, file=sys.stderr)

@@ -1,6 +1,7 @@
 """Measure Larm against a bare Bottle route on Waitress, in one run, with the same load tool.
 
-    python tests/bench.py
+    python tests/bench.py         everything
+    python tests/bench.py run     only the job wrapper, without wrk
 
 Needs wrk (Debian: apt-get install wrk). Everything stays on loopback. What counts are the ratios:
 machines are noisy, and a figure means little beside another machine's.
@@ -30,6 +31,7 @@ import larm  # noqa: E402 - only importable once the path is set
 MONITORS = 1_000
 CONNECTIONS = 32
 SECONDS = 4  # of load in one measurement
+JOB_SECONDS = 10  # of a job that prints 50 MB; what `run` costs is hardly more in a longer one
 ROUNDS = 3  # of all measurements, in turn, so that a machine's drift meets each alike
 
 BARE = """
@@ -37,6 +39,14 @@ import sys, bottle, waitress
 app = bottle.Bottle()
 app.route("/api/heartbeat/<token>", "ANY", lambda token: {"status": "ok"})
 waitress.serve(app, listen="127.0.0.1:" + sys.argv[1], threads=32, _quiet=True)
+"""
+
+JOB = """
+import os, sys, time
+started = time.monotonic()
+for number in range(5_000):
+    time.sleep(max(0, started + float(sys.argv[1]) * number / 5_000 - time.monotonic()))
+    os.write(1, b"%09d\\n" % number * 1_000)
 """
 
 RANDOM_TOKENS = """
@@ -145,7 +155,45 @@ def many_schedules(folder: Path) -> tuple[float, float]:
     return loaded, applied
 
 
+def job_wrapper(folder: Path) -> None:
+    """A job that prints 50 MB, with and without `run`: how much longer it takes, `run`'s memory."""
+    (folder / "job.py").write_text(JOB)
+    running = Running(folder / "wrapped", "1d")
+    url = f"http://127.0.0.1:{running.port}/api/heartbeat/token-{0:016d}"
+    job = [sys.executable, str(folder / "job.py")]
+    wrapper = [sys.executable, str(LARM), "run", "--url", url, "--"]
+    figures: dict[str, list[float]] = {"plain": [], "run": [], "plain flat out": [],
+                                       "run flat out": []}
+    memory = []
+    for _ in range(ROUNDS):
+        for name, times in figures.items():
+            duration = "0" if name.endswith("flat out") else str(JOB_SECONDS)
+            prefix = wrapper if name.startswith("run") else []
+            with (folder / "printed").open("wb") as printed:
+                started = time.monotonic()
+                process = subprocess.Popen([*prefix, *job, duration], stdout=printed)
+                _, status, usage = os.wait4(process.pid, 0)
+                times.append(time.monotonic() - started)
+            assert status == 0
+            with (folder / "printed").open("rb") as printed:
+                for number in range(5_000):
+                    assert printed.read(10_000) == b"%09d\n" % number * 1_000
+            if prefix:
+                memory.append(usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+    running.stop()
+    medians = {name: statistics.median(times) for name, times in figures.items()}
+    print(f"\na job that prints 50 MB into a file, medians of {ROUNDS} rounds")
+    for name, median in medians.items():
+        times_plain = median / medians[name.replace("run", "plain")]
+        print(f"{name:<15}{median:8.2f} s  {times_plain:5.3f} of plain")
+    print(f"memory         {max(memory):8.1f} MB RSS at most, of run")
+
+
 def main() -> None:
+    if sys.argv[1:] == ["run"]:
+        with tempfile.TemporaryDirectory() as folder_name:
+            job_wrapper(Path(folder_name))
+        return
     if not shutil.which("wrk"):
         raise SystemExit("needs wrk: apt-get install wrk")
     with tempfile.TemporaryDirectory() as folder_name:
@@ -184,6 +232,7 @@ def main() -> None:
             running.stop()
         disk = fsync_ms(folder)
         loaded, applied = many_schedules(folder)
+        job_wrapper(folder)
     bare_rate = statistics.median(rates["bare"])
     print(f"\n{CONNECTIONS} connections, random tokens of {MONITORS} monitors, medians of {ROUNDS} "
           f"rounds of {SECONDS} s; {os.cpu_count()} cores, fsync {disk:.2f} ms")
