@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 import tempfile
@@ -179,7 +178,7 @@ def test_an_end_with_a_rid_that_did_not_start_ends_no_run_with_another_rid(house
     assert running(here) == ["a"]
 
 
-@pytest.mark.parametrize("order", itertools.permutations("abc"), ids="".join)
+@pytest.mark.parametrize("order", ["abc", "acb", "bac", "bca", "cab", "cba"])
 def test_overlapping_runs_end_in_any_order(house, order):
     here = house(JOB.replace("1h", "1d"))
     started = {}
@@ -647,7 +646,7 @@ def test_a_killed_run_of_an_earlier_night_is_not_taken_for_this_nights(house, we
     after(here, 10 * MINUTE, rid="by hand")
     after(here, 23 * HOUR + 50 * MINUTE, "start", rid="second")
     after(here, 10 * MINUTE, rid="second")
-    here.watch_for(24 * HOUR, step=10 * MINUTE)
+    here.watch_for(25 * HOUR, step=10 * MINUTE)
     [alert] = alerts(here, webhook)
     assert "no heartbeat by 2027-01-18 04:00" in alert["message"]
     assert "It did not start." in alert["message"]
@@ -715,18 +714,19 @@ def test_escape_codes_are_kept_raw_and_shown_harmlessly(house, webhook):
 
 def prune(house: House, keep: int = 90 * DAY) -> None:
     before = house.clock.now() - keep
-    for _ in range(10):
-        house.store.write(lambda db: larm.prune(db, 0, 10, before))
+    for _ in range(3):
+        house.store.write(lambda db: larm.prune_events(db, before))
+        house.store.write(lambda db: larm.prune_heartbeats(db, 0, 10, before))
 
 
-def test_the_last_100_heartbeats_keep_their_bodies_and_failures_with_an_event(house):
+def test_the_last_100_heartbeats_keep_their_bodies_and_so_do_those_of_events(house):
     here = house(JOB)
     after(here, WINDOW, "1", body="failed")
     for number in range(150):
         after(here, WINDOW, ("", "log", "start")[number % 3], body=f"body {number}")
     prune(here)
     bodies = [one["body"] for one in here.heartbeats("job")]
-    assert bodies == ["failed"] + [None] * 50 + [f"body {number}" for number in range(50, 150)]
+    assert bodies == ["failed", "body 0"] + [None] * 49 + [f"body {number}" for number in range(50, 150)]
 
 
 def test_a_failure_keeps_its_body_for_as_long_as_its_event(house):
@@ -757,7 +757,9 @@ def beats(*times: int, lasted: int | None = None) -> list[dict[str, object]]:
 
 
 def monitor(house: Callable[..., House], settings: str) -> larm.Monitor:
-    return house(f'timezone = "UTC"\n[monitors.job]\n{settings}').config.monitors["job"]
+    here = house(f'timezone = "UTC"\n[monitors.job]\n{settings}')
+    here.stop()
+    return here.config.monitors["job"]
 
 
 def test_the_rhythm_is_the_shortest_the_typical_and_the_longest(house):
@@ -793,6 +795,19 @@ def test_settings_that_do_not_fit_get_a_line_of_advice(house, setting, apart, ad
     advice = larm.rhythm(monitor(house, setting), beats(*times)).advice
     assert advised in (advice or "")
     assert "\n" not in (advice or "")
+
+
+@pytest.mark.parametrize("apart", [20 * SECOND, MINUTE, 50 * MINUTE, HOUR, 5 * HOUR, DAY, 8 * DAY])
+def test_advice_that_was_followed_is_not_given_again(house, apart):
+    times = [START + number * apart + number % 2 * apart // 50 for number in range(20)]
+    setting = 'interval = "3650s"\n' if apart > 2 * HOUR else 'interval = "12d"\n'
+    for _ in range(3):  # an interval, then perhaps a grace
+        advice = larm.rhythm(monitor(house, setting), beats(*times)).advice
+        if advice is None:
+            return
+        advised = advice.partition(": try ")[2] + "\n"
+        setting = advised if advised.startswith("interval") else setting + advised
+    raise AssertionError(advice)
 
 
 @pytest.mark.parametrize("setting", ['interval = "1d"\n', 'schedule = "0 3 * * *"\n'])
@@ -837,7 +852,7 @@ def test_status_shows_the_rhythm_of_the_monitors_that_are_named(tmp_path):
         ).stdout
 
     named = status("job")
-    assert "job: heartbeats come every 1 d 4 min typically, 1 d 4 min to 1 d 4 min\n" in named
+    assert "job: heartbeats come every 1 d typically, 1 d to 1 d\n" in named
     assert "job: runs take 4 min typically, 4 min to 4 min\n" in named
     assert named.count("advice:") == 1
     assert 'try grace = "5m"' in named
@@ -988,10 +1003,10 @@ def test_the_python_client_healthchecks_decorator_pings(server):
     @client.healthcheck(url=f"{server.url}/api/heartbeat/{token}", send_start=True)
     def job(fails: bool) -> None:
         if fails:
-            raise ValueError
+            raise ConnectionError
 
     job(False)
-    with pytest.raises(ValueError, match=""):
+    with pytest.raises(ConnectionError):
         job(True)
     assert [row[0] for row in stored(server, token)][:2] == ["start", "success"]
     assert stored(server, token)[-1][0] == "fail"
