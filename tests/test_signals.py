@@ -631,13 +631,15 @@ def test_a_job_that_never_sends_starts_is_not_said_not_to_have_started(house, we
 
 
 def test_the_alert_does_not_say_did_not_start_of_a_job_that_said_it_started(house, webhook):
-    """Tried by hand at 02:30, and started by cron at 03:00."""
+    """Tried by hand at 01:30, and started by cron at 03:00."""
     here = nightly(house, webhook)
-    after(here, 23 * HOUR + 30 * MINUTE, "start")
+    after(here, 22 * HOUR + 30 * MINUTE, "start")
     after(here, MINUTE)
-    after(here, 29 * MINUTE, "start")
-    here.watch_for(26 * HOUR, step=10 * MINUTE)
-    assert not any("did not start" in alert["message"] for alert in alerts(here, webhook)[-1:])
+    after(here, 89 * MINUTE, "start")
+    here.watch_for(HOUR, step=10 * MINUTE)
+    message = alerts(here, webhook)[-1]["message"]
+    assert "no heartbeat by 2027-01-17 04:00" in message
+    assert "It started 2027-01-17 03:00:00+00:00 and has not ended yet." in message
 
 
 def test_a_killed_run_of_an_earlier_night_is_not_taken_for_this_nights(house, webhook):
