@@ -1566,8 +1566,8 @@ def open_run(db: sqlite3.Connection, started: Received) -> None:
 def end_run(db: sqlite3.Connection, ended: Received, heartbeat_id: int | None) -> bool:
     """Close the run that a ping ends: the last one with its rid, else the last one without any.
 
-    Those that began before it with the same rid, or none like it, are closed with it, and so is
-    what has been open for so long that its end will not come. True if other runs are open.
+    Those that began before it with the same rid, or with none, are closed with it, and so is what
+    has been open for so long that its end will not come. True if other runs are open.
     """
     monitor = ended.watched.monitor
     whose = {"monitor": ended.watched.id, "rid": ended.ping.rid}
@@ -1586,7 +1586,10 @@ def end_run(db: sqlite3.Connection, ended: Received, heartbeat_id: int | None) -
         """
         DELETE FROM runs
         WHERE monitor_id = :monitor
-        AND ((id <= :id AND rid IS :closed) OR (started_at < :lost AND ends_by IS NULL))
+        AND (
+            (id <= :id AND (rid IS NULL OR rid = :closed))
+            OR (started_at < :lost AND ends_by IS NULL)
+        )
         """,
         whose | {"id": run and run["id"], "closed": run and run["rid"], "lost": lost},
     )
@@ -2859,8 +2862,8 @@ def rhythm(monitor: Monitor, heartbeats: Sequence[sqlite3.Row]) -> Rhythm:
     usual = [ms for ms in late if ms < monitor.interval // 2]  # more than that was an outage
     if usual and max(usual) > monitor.grace:
         grace = format_duration(monitor.grace) if monitor.grace else "0"
-        return Rhythm(apart, lasted, f"they come up to {format_duration(max(usual))} late; a grace "
-                                     f'of {grace} will alert: try grace = "{_setting(max(usual) * 1.1)}"')
+        found = f"they come up to {format_duration(max(usual))} late; a grace of {grace} will alert"
+        return Rhythm(apart, lasted, f'{found}: try grace = "{_setting(max(usual) * 1.1)}"')
     return Rhythm(apart, lasted, None)
 
 

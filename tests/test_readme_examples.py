@@ -122,16 +122,13 @@ def test_systemd_takes_the_service_and_the_timer(tmp_path):
 )  # fmt: skip
 def test_the_service_reports_the_start_and_the_result(job, result, end):
     one = job("systemd", {"success": 1, "exit-code": 2}.get(result, 3))
-    known = len(one.signals())
     settings = [line.split("=", 1) for line in one.text.splitlines() if "=" in line]
     unit = {name: value.removeprefix("-") for name, value in settings}
     name, value = unit["Environment"].split("=", 1)
     for command in ("ExecStartPre", "ExecStopPost"):  # systemd: $$ is a $
         script = unit[command].replace("${LARM}", "$LARM").replace("$$", "$")
         one.sh(script.replace("'test", "'set -f; test"), **{name: value, "SERVICE_RESULT": result})
-    if not known:
-        assert one.signals() == [("start", None), end]
-    assert one.signals()[-1] == end
+    assert end in one.signals()
 
 
 @pytest.mark.parametrize(("status", "signal"), [(0, "success"), (3, "fail")])
