@@ -2706,8 +2706,8 @@ def describe_event(row: sqlite3.Row, deliveries: Iterable[sqlite3.Row]) -> dict[
         "last_heartbeat_at": None if last is None else iso_utc(last),
         "down_seconds": None if row["down_ms"] is None else _seconds(row["down_ms"]),
         "deliveries": [
-            {**{name: one[name] for name in ("channel", "state", "attempts", "error")},
-             "at": None if one["at"] is None else iso_utc(one["at"])}
+            {name: one[name] for name in ("channel", "state", "attempts", "at", "error")}
+            | {"at": None if one["at"] is None else iso_utc(one["at"])}
             for one in deliveries
         ],
     }
