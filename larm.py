@@ -2852,9 +2852,10 @@ class Access:
 
     @staticmethod
     def _given_password(environ: Environ) -> bytes | None:
-        scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").strip().partition(" ")
+        # A bare strip() would take the last byte of an "à" for a space.
+        scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").strip(" \t").partition(" ")
         if scheme.lower() == "bearer":
-            return str(credentials).strip().encode("latin-1", "replace")
+            return str(credentials).strip(" \t").encode("latin-1", "replace")
         if scheme.lower() == "basic":
             try:
                 return base64.b64decode(credentials.strip()).partition(b":")[2]
@@ -3108,7 +3109,8 @@ class Web:
         state = next((state for state in STATES if state in states), "pending")
         name, text = "monitors", f"{states.count(state)} {state}"
         if key != "all":
-            name, text = badge_name(config.monitors[key].name), state
+            name, text = config.monitors[key].name, state
+            name = name if len(name) <= BADGE_NAME else name[: BADGE_NAME - 1] + "…"
         self._secure_headers("image/svg+xml; charset=UTF-8")
         return self._badge_image.render(
             name=name, text=text, left=text_width(name), right=text_width(text),
@@ -3184,12 +3186,6 @@ def _ping(environ: Environ, signal: str, exit_status: int | None) -> Ping:
         rid=rid if 1 <= len(rid) <= 64 else None,
         body=body.decode("utf-8", "replace") or None,
     )
-
-
-def badge_name(name: str) -> str:
-    """At most 40 characters, without those that XML can't hold."""
-    name = "".join(letter if letter.isprintable() else " " for letter in name)
-    return name if len(name) <= 40 else name[:39] + "…"
 
 
 def text_width(text: str) -> int:
@@ -3309,6 +3305,7 @@ DASHBOARD = """<!doctype html>
 </html>
 """
 
+BADGE_NAME = 40  # characters of a monitor's name
 BADGE_COLOURS = {"up": "#14703a", "late": "#8a5a00", "down": "#b3161f"}
 BADGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{{left + right + 24}}" height="20"
  role="img" aria-label="{{name}}: {{text}}">
