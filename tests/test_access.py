@@ -307,7 +307,8 @@ CROSS_SITE = [{"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin":
               {"Origin": "http://127.0.0.1:1"}, {"Origin": "http://["}, {"Origin": "evil.example"},
               {"Origin": "https://home.example.evil.example"}, {"Sec-Fetch-Site": "cross-site"},
               {"Sec-Fetch-Site": "same-site"}, {"Sec-Fetch-Site": "anything"},
-              {"Origin": "null", "Sec-Fetch-Site": "same-origin"}]
+              {"Sec-Fetch-Site": ""}, {"Sec-Fetch-Site": "cross-site", "Origin": "null"},
+              {"Sec-Fetch-Site": "cross-site", "Origin": "https://home.example"}]
 
 
 @pytest.mark.parametrize("row", POSTS, ids=str)
@@ -330,6 +331,7 @@ def test_what_another_sites_page_posts_without_a_host_is_forbidden(house, row):
     {"Origin": "https://home.example"}, {"Origin": "https://HOME.example", "Host": "127.0.0.1:1"},
     {"Origin": "http://10.0.0.1:80", "Host": "10.0.0.1:80"}, {"Sec-Fetch-Site": "none"},
     {"Sec-Fetch-Site": "same-origin", "Origin": "https://home.example"},
+    {"Sec-Fetch-Site": "same-origin", "Origin": "null"},
 ], ids=str)
 def test_larms_own_page_and_programs_may_post(larms, row, headers):
     assert asked(larms.closed, row, **headers, **basic(PASSWORD)).status == 200
