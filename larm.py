@@ -50,9 +50,10 @@ import termios
 import threading
 import time
 import tomllib
+import unicodedata
 import urllib.request
 import zoneinfo
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
@@ -1058,6 +1059,7 @@ class Store:
         self.path = path
         self.failure: str | None = None  # why nothing can be written, while that is so
         self.stored = 0  # commits since the start, for those who watch the writer
+        self.commit_seconds = 0.0  # that they took together
         self._queue: queue.SimpleQueue[Write[Any] | None] = queue.SimpleQueue()
         self._idle: list[sqlite3.Connection] = []
         self._closing = False
@@ -1108,6 +1110,7 @@ class Store:
                 raise ValueError("this file system can't hold SQLite's WAL; use a local disk")
             db.execute("PRAGMA synchronous = FULL")
             db.executescript(TAKE_PINGS)
+            db.execute("SELECT * FROM clock").fetchone()  # who has the WAL open removes it at close
             return db
         except (OSError, sqlite3.Error, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
@@ -1180,6 +1183,7 @@ class Store:
                 write.finish()
 
     def _transact(self, writes: list[Write[Any]]) -> None:
+        began = time.perf_counter()
         try:
             self._db.execute("BEGIN IMMEDIATE")
             for operation, group in itertools.groupby(writes, lambda write: write.operation):
@@ -1193,6 +1197,7 @@ class Store:
                 self._db.rollback()
             raise
         self.stored += 1
+        self.commit_seconds += time.perf_counter() - began
 
     # Reading
 
@@ -2175,6 +2180,67 @@ def state_changes(db: sqlite3.Connection, start: int) -> dict[int, list[sqlite3.
     return changes
 
 
+def newest_id(db: sqlite3.Connection, table: str) -> int:
+    """0 where it is empty."""
+    newest: int = db.execute(f"SELECT COALESCE(MAX(id), 0) FROM {table}").fetchone()[0]
+    return newest
+
+
+def list_heartbeats(
+    db: sqlite3.Connection, key: str, before: int, limit: int
+) -> list[sqlite3.Row]:
+    """A monitor's heartbeats whose ids are below `before`, newest first."""
+    return db.execute(
+        """
+        SELECT *
+        FROM heartbeats
+        WHERE monitor_id = (SELECT id FROM monitors WHERE key = :key) AND id < :before
+        ORDER BY id DESC
+        LIMIT :limit
+        """,
+        {"key": key, "before": before, "limit": limit},
+    ).fetchall()
+
+
+def list_events(
+    db: sqlite3.Connection, before: int, limit: int, after: int = 0
+) -> list[sqlite3.Row]:
+    """The monitors' events with ids between the two, with their keys, newest first."""
+    return db.execute(
+        """
+        SELECT e.*, m.key
+        FROM events e
+        JOIN monitors m ON m.id = e.monitor_id
+        WHERE e.id > :after AND e.id < :before
+        ORDER BY e.id DESC
+        LIMIT :limit
+        """,
+        {"after": after, "before": before, "limit": limit},
+    ).fetchall()
+
+
+def deliveries_between(
+    db: sqlite3.Connection, first: int, last: int
+) -> dict[int, list[sqlite3.Row]]:
+    """The deliveries of the events with such ids, by event id."""
+    deliveries: dict[int, list[sqlite3.Row]] = defaultdict(list)
+    rows = db.execute(
+        "SELECT * FROM deliveries WHERE event_id BETWEEN :first AND :last ORDER BY id",
+        {"first": first, "last": last},
+    )
+    for row in rows:
+        deliveries[row["event_id"]].append(row)
+    return deliveries
+
+
+def count_pending(db: sqlite3.Connection) -> dict[str, int]:
+    """How many alerts each channel has yet to send."""
+    rows = db.execute(
+        "SELECT channel, COUNT(*) FROM deliveries WHERE state = 'pending' GROUP BY channel"
+    )
+    return dict(rows.fetchall())
+
+
 def prune_heartbeats(db: sqlite3.Connection, after: int, count: int, before: int) -> int:
     """Delete, of the `count` monitors whose ids follow `after`, the removed ones too, heartbeats
     that are older than `before` or not among the newest, and the bodies of those that are not among
@@ -2414,6 +2480,7 @@ class Intake:
         self._recent: dict[tuple[int, str], tuple[int, Write[None]]] = {}
         self._heard: dict[int, int] = {}  # monitor id -> when the last success was received
         self._unwritten: set[int] = set()  # the monitors whose last success was throttled
+        self.throttled = 0  # pings, since the start
 
     def use(self, watched: Iterable[Watched]) -> None:
         """Take over a configuration's monitors; part of the operation that adopts them."""
@@ -2449,6 +2516,7 @@ class Intake:
             if key in self._recent and ping.signal != "fail":  # it may be one after a pause
                 stored_at, write = self._recent[key]
                 if 0 <= at - stored_at < watched.monitor.window:
+                    self.throttled += 1
                     if ping.signal == "success":
                         self._unwritten.add(watched.id)
                     return write
@@ -2980,6 +3048,9 @@ def describe_gap(gap: Gap, zone: tzinfo) -> str:
     return f"Larm itself was not running from {from_at} to {to_at}"
 
 
+STATES = ("down", "late", "up", "pending", "paused")  # the most urgent first
+
+
 def shown_state(row: sqlite3.Row | None, monitor: Monitor, now: int) -> str:
     """The state as users see it; `row`: the monitor's in the database, if it is known there."""
     if not monitor.enabled or (row is not None and row["watching"] == "paused"):
@@ -3373,6 +3444,7 @@ class Notifier:
         self._senders: dict[str, threading.Thread] = {}
         self._accepted: dict[tuple[str, str], set[int]] = {}  # of a channel's URLs some may fail
         self._warning: dict[str, threading.Thread] = {}
+        self.tries: Counter[tuple[str, str]] = Counter()  # since the start, by channel and result
         self._stopping = threading.Event()
 
     def use(self, config: Config) -> None:
@@ -3421,6 +3493,7 @@ class Notifier:
         errors = [
             error for url in urls if (error := self._send_to(channel, url, alerts, gaps, config))
         ]
+        self.tries[channel, "failed" if errors else "sent"] += 1
         if not errors:
             self._note(channel, alerts, "sent", None, 0)
             log.info("%s: sent %s", channel, "; ".join(f"{label(one)}: {subject(one)}"
@@ -3505,14 +3578,15 @@ CONNECTIONS = 500  # well below the 1,024 files that select() can watch
 BODY_LIMIT = 10_000_000  # bytes of a request, its chunks' frames too; more gets 413 from Waitress
 RETRY_AFTER = 5  # seconds
 GUESSES = 10  # wrong passwords a minute from one address
+PAGE, LONGEST_PAGE = 100, 1_000  # heartbeats or events in one answer of the API
 _OK = b'{"status": "ok"}'
 _UNAVAILABLE = b'{"status": "unavailable"}'
-_FORWARDED = re.compile(
-    "HTTP_(FORWARDED|VIA|X_FORWARDED_.*|X_REAL_IP|(X|TRUE)_CLIENT_IP|CF_CONNECTING_IP)"
-)
+_FORWARDED = re.compile("HTTP_(.*FORWARDED.*|VIA|X_REAL_IP|.*CLIENT_IP|CF_CONNECTING_IP)")
 CHALLENGE = 'Basic realm="Larm", charset="UTF-8"'
 ERROR_TYPES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
                429: "rate_limited", 500: "unavailable", 503: "unavailable"}
+ERROR_HEADERS = {401: {"WWW-Authenticate": CHALLENGE}, 429: {"Retry-After": "60"},
+                 503: {"Retry-After": str(RETRY_AFTER)}}
 
 Environ = dict[str, Any]
 StartResponse = Callable[[str, list[tuple[str, str]]], object]
@@ -3589,13 +3663,132 @@ def describe_monitors(
     return described
 
 
+def describe_heartbeat(row: sqlite3.Row, viewer: bool) -> dict[str, Any]:
+    """A heartbeat as interface.md's JSON has it; to others than viewers, without what was sent."""
+    kept = ("signal", "exit_status", "duration_ms", "method")
+    sent = {"from": "sender", "user_agent": "user_agent", "rid": "rid", "body": "body"}
+    return {
+        "id": row["id"],
+        "at": iso_utc(row["at"]),
+        **{name: row[name] for name in kept},
+        **{name: row[column] if viewer else None for name, column in sent.items()},
+    }
+
+
+def describe_event(row: sqlite3.Row, deliveries: Iterable[sqlite3.Row]) -> dict[str, Any]:
+    """An event, as list_events() gives it, as interface.md's JSON has it."""
+    last = row["last_heartbeat_at"]
+    return {
+        "id": row["id"],
+        "monitor": row["key"],
+        "type": row["type"],
+        "at": iso_utc(row["at"]),
+        "reason": row["reason"],
+        "last_heartbeat_at": None if last is None else iso_utc(last),
+        "down_seconds": None if row["down_ms"] is None else _seconds(row["down_ms"]),
+        "deliveries": [
+            {name: one[name] for name in ("channel", "state", "attempts", "at", "error")}
+            | {"at": None if one["at"] is None else iso_utc(one["at"])}
+            for one in deliveries
+        ],
+    }
+
+
+def labels(**values: str) -> str:
+    """What stands behind a metric's name: {monitor="backup"}."""
+    escapes = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
+    pairs = [f'{name}="{text.translate(escapes)}"' for name, text in values.items()]
+    return f"{{{','.join(pairs)}}}"
+
+
+class Metrics:
+    """What Prometheus scrapes: https://prometheus.io/docs/instrumenting/exposition_formats/
+
+    Counters begin at 0 with Larm's start. Events and gaps are added up from one scrape to the next,
+    so that pruning takes nothing from them.
+    """
+
+    def __init__(self, store: Store, clock: Clock, intake: Intake, notifier: Notifier) -> None:
+        self._store, self._clock, self._intake, self._notifier = store, clock, intake, notifier
+        self._started_at = clock.now()
+        self._lock = threading.Lock()
+        self._events: Counter[tuple[str, str]] = Counter()  # by key and type
+        self._gaps = self._gap_ms = 0
+        with store.reading() as db:
+            self._event, self._gap = newest_id(db, "events"), newest_id(db, "gaps")
+
+    def _add_up(self, db: sqlite3.Connection) -> None:
+        """Count what has come since the last scrape."""
+        newest = newest_id(db, "events")
+        for event in list_events(db, newest + 1, -1, after=self._event):
+            self._events[event["key"], event["type"]] += 1
+        self._event = newest
+        gaps = gaps_since(db, 0)
+        for gap in gaps:
+            if gap["id"] > self._gap and gap["monitor_id"] is None:
+                self._gaps += 1
+                self._gap_ms += max(0, gap["to_at"] - gap["from_at"])  # < 0: the clock was set back
+        self._gap = gaps[-1]["id"] if gaps else 0
+
+    def text(self, config: Config) -> str:
+        """All of them in the text format, for the configuration's monitors and channels."""
+        with self._lock, self._store.reading() as db:
+            self._add_up(db)
+            rows, pending = read_monitors(db), count_pending(db)
+        durations = {key: row["last_duration_ms"] for key, row in rows.items()
+                     if row["last_duration_ms"] is not None}
+        now, tries, channels = self._clock.now(), self._notifier.tries, config.channels
+        states = {key: shown_state(rows.get(key), monitor, now)
+                  for key, monitor in config.monitors.items()}
+
+        def seconds(of: Callable[[str], int | None]) -> dict[str, float]:
+            found = [(key, of(key)) for key in states if key in rows]
+            return {labels(monitor=key): ms / SECOND for key, ms in found if ms is not None}
+
+        families: dict[str, Mapping[str, float]] = {  # name, type, help: values by labels
+            "larm_build_info gauge The version that runs.": {labels(version=__version__): 1},
+            "process_start_time_seconds gauge When Larm started and every counter was 0.":
+                {"": self._started_at / SECOND},
+            "larm_pings_throttled_total counter Pings that were answered, but not stored.":
+                {"": self._intake.throttled},
+            "larm_commit_seconds summary How long the writer's commits took.":
+                {"_sum": self._store.commit_seconds, "_count": self._store.stored},
+            "larm_gaps_total counter Times that Larm had not been watching.": {"": self._gaps},
+            "larm_gap_seconds_total counter How long Larm was not watching.":
+                {"": self._gap_ms / SECOND},
+            "larm_deliveries_total counter Messages given to a channel; failed is tried again.":
+                {labels(channel=channel, result=result): tries[channel, result]
+                 for channel in channels for result in ("sent", "failed")},
+            "larm_deliveries_pending gauge Alerts that are yet to be sent.":
+                {labels(channel=channel): pending.get(channel, 0) for channel in channels},
+            "larm_monitor_state gauge 1 for the state that the monitor is in.":
+                {labels(monitor=key, state=state): int(state == found)
+                 for key, found in states.items() for state in STATES},
+            "larm_monitor_last_heartbeat_timestamp_seconds gauge When the last success came.":
+                seconds(lambda key: rows[key]["received_at"]),
+            "larm_monitor_deadline_timestamp_seconds gauge When it goes down without a heartbeat.":
+                seconds(lambda key: rows[key]["deadline_at"] if states[key] != "paused" else None),
+            "larm_monitor_last_duration_seconds gauge How long the last run took.":
+                seconds(durations.get),
+            "larm_events_total counter Times that a monitor went down or came up.":
+                {labels(monitor=key, type=type): self._events[key, type]
+                 for key in states for type in ("down", "up")},
+        }
+        lines = []
+        for family, samples in families.items():
+            name, kind, meaning = family.split(" ", 2)
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+            lines += [f"{name}{rest} {value}" for rest, value in samples.items()]
+        return "\n".join([*lines, ""])
+
+
 class Access:
     """Who is a viewer (interface.md, "The rest of HTTP")."""
 
     def __init__(self, config: Config, clock: Clock) -> None:
         self._password = config.password
         self._own_host = urlsplit(config.url).hostname
-        self._own_netloc = urlsplit(config.url).netloc
+        self._own_netloc = urlsplit(config.url).netloc.lower()
         self._clock = clock
         self._guesses: dict[str, deque[int]] = {}
         self._lock = threading.Lock()
@@ -3611,7 +3804,7 @@ class Access:
         if not address or not _is_loopback(environ["REMOTE_ADDR"]):
             address = environ["REMOTE_ADDR"]
         right = hmac.compare_digest(given, self._password.encode())
-        return self._judge_guess(address, right)
+        return self._judge_guess(address[:100], right)
 
     def _judge_guess(self, address: str, right: bool) -> int | None:
         now = self._clock.monotonic()
@@ -3631,20 +3824,25 @@ class Access:
             return 401
 
     def is_cross_site(self, environ: Environ) -> bool:
-        """Whether a page of another site sent this, in the name of a viewer's browser."""
-        if environ.get("HTTP_SEC_FETCH_SITE", "none") not in ("same-origin", "none"):
-            return True
+        """Whether a page of another site sent this, in the name of a viewer's browser.
+
+        Sec-Fetch-Site is the browser's own word, which it gives to https and localhost only. It
+        goes first: a form on a page with no-referrer, such as ours, has the origin "null".
+        """
+        if (fetched_from := environ.get("HTTP_SEC_FETCH_SITE")) is not None:
+            return fetched_from not in ("same-origin", "none")
         origin = environ.get("HTTP_ORIGIN")
         if origin is None:
             return False
-        site = origin.partition("://")[2]
-        return site not in (environ.get("HTTP_HOST"), self._own_netloc)
+        site = origin.partition("://")[2].lower()  # of the origin "null" nothing
+        return not site or site not in (environ.get("HTTP_HOST", "").lower(), self._own_netloc)
 
     @staticmethod
     def _given_password(environ: Environ) -> bytes | None:
-        scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").strip().partition(" ")
+        # A bare strip() would take the last byte of an "à" for a space.
+        scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").strip(" \t").partition(" ")
         if scheme.lower() == "bearer":
-            return str(credentials).strip().encode("latin-1", "replace")
+            return str(credentials).strip(" \t").encode("latin-1", "replace")
         if scheme.lower() == "basic":
             try:
                 return base64.b64decode(credentials.strip()).partition(b":")[2]
@@ -3682,7 +3880,9 @@ class Web:
     paths and methods in its own way; everything else is Bottle's.
     """
 
-    def __init__(self, store: Store, clock: Clock, intake: Intake, watcher: Watcher) -> None:
+    def __init__(
+        self, store: Store, clock: Clock, intake: Intake, watcher: Watcher, notifier: Notifier
+    ) -> None:
         import bottle
 
         self._bottle = bottle
@@ -3690,20 +3890,69 @@ class Web:
         self._clock = clock
         self._intake = intake
         self._watcher = watcher
+        self._counts = Metrics(store, clock, intake, notifier)
         self._config: Config
         self._access: Access
         self.mistakes: Sequence[str] = ()  # in the file as it was saved last
         self._app = bottle.Bottle()
-        self._app.route("/", "GET", self._dashboard)
-        self._app.route("/monitor/<key>", "GET", self._dashboard)
-        self._app.route("/health", "GET", self._health)
-        self._app.route("/api/v1/monitors", "GET", self._monitors_json)
-        self._app.route("/api/v1/monitors/<key>", "GET", self._monitors_json)
-        for verb in ("pause", "resume"):
-            answer = functools.partial(self._pause_or_resume, verb=verb)
-            self._app.route(f"/api/v1/monitors/<key>/{verb}", "POST", answer)
         self._app.default_error_handler = self._error_page
+        for path, handler in (
+            ("/", self._dashboard),
+            ("/monitor/<key>", self._dashboard),
+            ("/badge/<key>.svg", self._badge),
+            ("/metrics", self._metrics),
+            ("/health", self._health),
+        ):
+            self._route("GET", path, handler)
+        for method, path, answer in (
+            ("GET", "monitors", self._monitors_json),
+            ("GET", "monitors/<key>", self._monitors_json),
+            ("GET", "monitors/<key>/heartbeats", self._heartbeats_json),
+            ("GET", "events", self._events_json),
+            ("POST", "monitors/<key>/<verb:re:pause|resume>", self._pause_or_resume),
+            ("POST", "channels/<channel:path>/test", self._test_channel),
+        ):
+            self._route(method, f"/api/v1/{path}", self._api(method, answer))
         self._dashboard_page = bottle.SimpleTemplate(DASHBOARD)
+        self._badge_image = bottle.SimpleTemplate(BADGE)
+
+    def _route(self, method: str, path: str, handler: Callable[..., Any]) -> None:
+        """Answer a path by one method, GET with HEAD or POST, and by no other."""
+        allowed = "GET, HEAD" if method == "GET" else method
+
+        def refuse_method(**_: str) -> NoReturn:
+            raise self._refuse(405, f"this path takes {allowed} only", Allow=allowed)
+
+        self._app.route(path, method, handler)
+        self._app.route(path, "ANY", refuse_method)
+
+    def _api(self, method: str, answer: Callable[..., object]) -> Callable[..., str]:
+        """A handler of the API: who may ask, of which monitor, and the shape of what is answered.
+
+        `answer` takes the configuration, whether a viewer asks, and what the path names. A GET is
+        for everyone in public, a POST for viewers.
+        """
+
+        def handle(**names: str) -> str:
+            viewer = self._let_in(public=method == "GET")
+            if method == "POST" and self._access.is_cross_site(self._bottle.request.environ):
+                raise self._refuse(403, "a page of another site asked for this")
+            config = self._config
+            if "key" in names and names["key"] not in config.monitors:
+                raise self._refuse(404, f"no monitor {show(names['key'])}")
+            try:
+                return self._json({"data": answer(config, viewer, **names)})
+            except Unrecordable as error:
+                raise self._refuse(503, str(error)) from None
+
+        return handle
+
+    def _let_in(self, public: bool) -> bool:
+        """Whether a viewer asks; raises the refusal of others, but for what is `public`."""
+        refusal = self._access.refusal(self._bottle.request.environ)
+        if refusal and not (public and self._config.public):
+            raise self._refuse(refusal)
+        return refusal is None
 
     def use(self, config: Config) -> None:
         self._config = config
@@ -3721,7 +3970,7 @@ class Web:
         try:
             path.encode("latin-1").decode()
         except UnicodeError:  # Bottle would leave out what is not UTF-8, and find another page
-            environ["PATH_INFO"] = "/not-utf-8"
+            environ["PATH_INFO"] = "/api/not-utf-8" if path.startswith("/api/") else "/not-utf-8"
         environ["wsgi.errors"] = io.StringIO()  # Bottle's tracebacks; _error_page logs a line
         answer: Iterable[bytes] = self._app(environ, start_response)
         return answer
@@ -3776,55 +4025,90 @@ class Web:
             version=__version__,
         )
 
-    def _monitors_json(self, key: str | None = None) -> Any:
-        refusal = self._access.refusal(self._bottle.request.environ)
-        if refusal and not self._config.public:
-            return self._json_error(refusal, REFUSALS[refusal])
-        if key is not None and key not in self._config.monitors:
-            return self._json_error(404, f"no monitor {show(key)}")
+    def _monitors_json(self, config: Config, viewer: bool, key: str | None = None) -> object:
         with self._store.reading() as db:
-            monitors = describe_monitors(
-                db, self._config, self._clock.now(), [key] if key else None
-            )
-        if refusal:
+            monitors = describe_monitors(db, config, self._clock.now(), [key] if key else None)
+        if not viewer:
             for monitor in monitors:
                 monitor.update(channels=[], note=None, ping_url=None)
-        return self._json({"data": monitors[0] if key else monitors})
+        return monitors[0] if key else monitors
 
-    def _pause_or_resume(self, key: str, verb: str) -> Any:
-        """POST /api/v1/monitors/{key}/pause and .../resume."""
-        environ = self._bottle.request.environ
-        if refusal := self._access.refusal(environ):
-            return self._json_error(refusal, REFUSALS[refusal])
-        if self._access.is_cross_site(environ):
-            return self._json_error(403, "a page of another site asked for this")
-        monitor = self._config.monitors.get(key)
-        if monitor is None:
-            return self._json_error(404, f"no monitor {show(key)}")
+    def _heartbeats_json(self, _config: Config, viewer: bool, key: str) -> object:
+        with self._store.reading() as db:
+            rows = list_heartbeats(db, key, **self._page(newest_id(db, "heartbeats")))
+        return [describe_heartbeat(row, viewer) for row in rows]
+
+    def _events_json(self, _config: Config, viewer: bool) -> object:
+        with self._store.reading() as db:
+            rows = list_events(db, **self._page(newest_id(db, "events")))
+            shown = rows if viewer else []
+            deliveries = deliveries_between(db, shown[-1]["id"], shown[0]["id"]) if shown else {}
+        return [describe_event(row, deliveries.get(row["id"], ())) for row in rows]
+
+    def _page(self, newest: int) -> dict[str, int]:
+        """`before` and `limit` of a list's query; `newest`: the newest id that there is.
+
+        An id that is pruned by now is still one to go on from.
+        """
+        page = {"before": newest + 1, "limit": PAGE}
+        for name, most, what in (("before", newest, "an id from this list"),
+                                 ("limit", LONGEST_PAGE, f"a number from 1 to {LONGEST_PAGE}")):
+            given = self._bottle.request.query.get(name)
+            if given is None:
+                continue
+            if not re.fullmatch("[0-9]{1,18}", given) or not 1 <= int(given) <= most:
+                raise self._refuse(400, f"{name} must be {what}; found {show(given)}")
+            page[name] = int(given)
+        return page
+
+    def _pause_or_resume(self, config: Config, viewer: bool, key: str, verb: str) -> object:
         try:
-            asked = read_json(tail(environ["wsgi.input"], BODY_KEPT))
+            asked = read_json(tail(self._bottle.request.environ["wsgi.input"], BODY_KEPT))
             if not isinstance(asked, dict) or asked.keys() - {"for"}:
                 raise ValueError('the body must be JSON, such as {"for": "2h"}, or empty')
             span = pause_length(asked["for"]) if "for" in asked and verb == "pause" else None
             now = self._clock.now()
+            monitor = config.monitors[key]
             self._store.write(lambda db: pause_or_resume(db, monitor, verb, span, now))
-        except Unrecordable as error:
-            return self._json_error(503, str(error))
         except ValueError as error:
-            return self._json_error(400, str(error))
-        return self._monitors_json(key)
+            raise self._refuse(400, str(error)) from None
+        return self._monitors_json(config, viewer, key)
+
+    def _test_channel(self, config: Config, _viewer: bool, channel: str) -> object:
+        if channel not in config.channels:
+            raise self._refuse(404, f"no channel {show(channel)}")
+        error = send_test(config, channel)
+        return {"sent": error is None, "error": error}
+
+    def _metrics(self) -> str:
+        self._let_in(public=False)
+        self._secure_headers("text/plain; version=0.0.4; charset=utf-8")
+        return self._counts.text(self._config)
+
+    def _badge(self, key: str) -> Any:
+        """A monitor's state, or the most urgent state of all, as an image."""
+        self._let_in(public=True)
+        config, now = self._config, self._clock.now()
+        if key != "all" and key not in config.monitors:
+            raise self._refuse(404, f"no monitor {show(key)}")
+        with self._store.reading() as db:
+            rows = read_monitors(db)
+        states = [shown_state(rows.get(one.key), one, now) for one in config.monitors.values()
+                  if key in ("all", one.key)]
+        state = next((state for state in STATES if state in states), "pending")
+        name, text = "monitors", f"{states.count(state)} {state}"
+        if key != "all":
+            name, text = config.monitors[key].name, state
+            name = name if len(name) <= BADGE_NAME else name[: BADGE_NAME - 1] + "…"
+        self._secure_headers("image/svg+xml; charset=UTF-8")
+        return self._badge_image.render(
+            name=name, text=text, left=text_width(name), right=text_width(text),
+            colour=BADGE_COLOURS.get(state, "#5f5f5f"),
+        )
 
     def _json(self, value: object) -> str:
-        self._bottle.response.content_type = "application/json"
-        self._bottle.response.set_header("Cache-Control", "no-store")
+        self._secure_headers("application/json")
         return json.dumps(value, ensure_ascii=False)
-
-    def _json_error(self, status: int, message: str) -> Any:
-        self._bottle.response.status = status
-        if status == 401:
-            self._bottle.response.set_header("WWW-Authenticate", CHALLENGE)
-        kind = ERROR_TYPES.get(status, "invalid_request")
-        return self._json({"error": {"type": kind, "message": message}})
 
     def _health(self) -> str:
         reason = self._store.failure and f"the database can't be written: {self._store.failure}"
@@ -3834,32 +4118,31 @@ class Web:
         return self._json({"status": "unavailable", "reason": reason} if reason
                           else {"status": "ok"})
 
-    def _refuse(self, status: int) -> Any:
-        headers = {}
-        if status == 401:
-            headers["WWW-Authenticate"] = CHALLENGE
-        if status == 429:
-            headers["Retry-After"] = "60"
-        return self._bottle.HTTPError(status, REFUSALS[status], **headers)
+    def _refuse(self, status: int, message: str = "", **headers: str) -> Any:
+        """An error to raise, or to return, from a handler."""
+        headers |= ERROR_HEADERS.get(status, {})
+        return self._bottle.HTTPError(status, message or REFUSALS[status], **headers)
 
     def _error_page(self, error: Any) -> str:
+        """Any error, as the API has it or as a page."""
         if error.exception:
             log.error("%s: %s: %s", self._bottle.request.path[:200],
                       type(error.exception).__name__, error.exception)
         if self._bottle.request.path.startswith("/api/"):
-            return str(self._json_error(error.status_code, error.status_line))
+            kind = ERROR_TYPES.get(error.status_code, "invalid_request")
+            return self._json({"error": {"type": kind, "message": str(error.body)[:200]}})
         self._secure_headers()
-        known = error.status_code in REFUSALS
-        text = REFUSALS[error.status_code] if known else "Larm's page is at / on this address."
+        text = REFUSALS.get(error.status_code, "Larm's page is at / on this address.")
         page: str = self._bottle.template(
             REFUSAL, title=error.status_line, text=text, style=STYLE
         )
         return page
 
-    def _secure_headers(self) -> None:
-        """For pages: nothing but our own style is loaded, and no token leaves in a referrer."""
+    def _secure_headers(self, content_type: str = "text/html; charset=UTF-8") -> None:
+        """Nothing but our own style is loaded, nothing is kept, and no token leaves in a referrer.
+        """
         response = self._bottle.response
-        response.set_header("Content-Type", "text/html; charset=UTF-8")
+        response.set_header("Content-Type", content_type)
         response.set_header("Cache-Control", "no-store")
         response.set_header("Referrer-Policy", "no-referrer")
         response.set_header("X-Content-Type-Options", "nosniff")
@@ -3892,6 +4175,13 @@ def _ping(environ: Environ, signal: str, exit_status: int | None) -> Ping:
         rid=rid if 1 <= len(rid) <= 64 else None,
         body=body.decode("utf-8", "replace") or None,
     )
+
+
+def text_width(text: str) -> int:
+    """About how many pixels a text takes in an 11 px sans-serif."""
+    wide = sum(one in "mwMW@%—" or unicodedata.east_asian_width(one) in "WF" for one in text)
+    narrow = sum(one in "iljtfrI.,:;'|! ()[]" for one in text)
+    return 7 * len(text) + 4 * wide - 3 * narrow
 
 
 def _summary(states: Sequence[str]) -> str:
@@ -4004,6 +4294,23 @@ DASHBOARD = """<!doctype html>
 </html>
 """
 
+BADGE_NAME = 40  # characters of a monitor's name
+BADGE_COLOURS = {"up": "#14703a", "late": "#8a5a00", "down": "#b3161f"}
+BADGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{{left + right + 24}}" height="20"
+ role="img" aria-label="{{name}}: {{text}}">
+<title>{{name}}: {{text}}</title>
+<clipPath id="rounded"><rect width="{{left + right + 24}}" height="20" rx="3"/></clipPath>
+<g clip-path="url(#rounded)">
+<rect width="{{left + 12}}" height="20" fill="#444"/>
+<rect x="{{left + 12}}" width="{{right + 12}}" height="20" fill="{{colour}}"/>
+</g>
+<g fill="#fff" font-family="Verdana, 'DejaVu Sans', sans-serif" font-size="11">
+<text x="6" y="14" textLength="{{left}}">{{name}}</text>
+<text x="{{left + 18}}" y="14" textLength="{{right}}">{{text}}</text>
+</g>
+</svg>
+"""
+
 REFUSAL = """<!doctype html>
 <html lang="en">
 <head>
@@ -4080,7 +4387,7 @@ class Larm:
         self.watcher = Watcher(self.store, clock, self.intake)
         self.health = Health(self.store, clock, self.watcher)
         self.notifier = Notifier(self.store, clock)
-        self.web = Web(self.store, clock, self.intake, self.watcher)
+        self.web = Web(self.store, clock, self.intake, self.watcher, self.notifier)
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
         self._read = self._seen = signature(config.path)

@@ -5,6 +5,7 @@ and real receivers of alerts. State lives in tmp_path, ports are free ports.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -210,6 +212,29 @@ class Answer:
     @property
     def json(self) -> Any:
         return json.loads(self.body)
+
+
+def open_web(house: House) -> larm.Web:
+    """The house's door to HTTP, without a server."""
+    web = larm.Web(house.store, house.clock, house.intake, house.watcher, house.notifier)
+    web.use(house.config)
+    return web
+
+
+def ask(web: larm.Web, path: str, method: str = "GET", body: bytes = b"",
+        peer: str = "127.0.0.1", **headers: str) -> Answer:
+    """Call the WSGI application as Waitress does, from this machine where no peer is named."""
+    path, _, query = path.partition("?")
+    given: list[Any] = []
+    environ: dict[str, Any] = {
+        "REQUEST_METHOD": method, "PATH_INFO": unquote(path, "latin-1"), "QUERY_STRING": query,
+        "SERVER_NAME": "larm", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1",
+        "REMOTE_ADDR": peer, "HTTP_HOST": "localhost", "wsgi.input": io.BytesIO(body),
+        "wsgi.errors": io.StringIO(), "wsgi.url_scheme": "http",
+        **{f"HTTP_{name.upper()}": value for name, value in headers.items()},
+    }  # fmt: skip
+    answer = b"".join(web(environ, lambda status, headers, *_: given.extend((status, headers))))
+    return Answer(int(given[0].split()[0]), dict(given[1]), answer)
 
 
 @dataclass

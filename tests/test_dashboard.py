@@ -343,7 +343,7 @@ def rooms(house) -> House:
 
 @pytest.fixture
 def web(rooms) -> program.Web:
-    web = program.Web(rooms.store, rooms.clock, rooms.intake, rooms.watcher)
+    web = program.Web(rooms.store, rooms.clock, rooms.intake, rooms.watcher, rooms.notifier)
     web.use(rooms.config)
     return web
 
