@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import contextlib
 import dataclasses
 import difflib
@@ -49,10 +50,10 @@ import zoneinfo
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, cast
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 __version__ = "0.1.0"
 
@@ -120,6 +121,14 @@ def far_from(at: int, now: int) -> str:
     if abs(at - now) < SECOND:
         return "now"
     return f"in {format_duration(at - now)}" if at > now else f"{format_duration(now - at)} ago"
+
+
+def midnights(zone: tzinfo, count: int, now: int) -> list[int]:
+    """When each of the last `count` days began, today's the last, and when today ends."""
+    today = datetime.fromtimestamp(now // SECOND, zone).date()
+    dates = [today - timedelta(days) for days in range(count - 1, -2, -1)]
+    starts = [datetime(date.year, date.month, date.day, tzinfo=zone) for date in dates]
+    return [round(start.timestamp()) * SECOND for start in starts]
 
 
 def iso_utc(ms: int) -> str:
@@ -1699,6 +1708,70 @@ def state_changes(db: sqlite3.Connection, start: int) -> dict[int, list[sqlite3.
     return changes
 
 
+_NEWEST = 2**63 - 1  # greater than any id
+
+
+def recent_heartbeats(
+    db: sqlite3.Connection, monitor_id: int, limit: int, before: int | None = None
+) -> list[sqlite3.Row]:
+    """A monitor's heartbeats, newest first; `before`: only those with a smaller id."""
+    return db.execute(
+        """
+        SELECT *
+        FROM heartbeats
+        WHERE monitor_id = :monitor AND id < :before
+        ORDER BY id DESC
+        LIMIT :limit
+        """,
+        {"monitor": monitor_id, "before": before or _NEWEST, "limit": limit},
+    ).fetchall()
+
+
+def recent_events(
+    db: sqlite3.Connection, monitor_id: int | None, limit: int, before: int | None = None
+) -> list[dict[str, Any]]:
+    """The events of a monitor, or of all, newest first, each with its list of deliveries."""
+    rows = db.execute(
+        f"""
+        SELECT e.*, m.key, h.exit_status
+        FROM events e
+        JOIN monitors m ON m.id = e.monitor_id
+        LEFT JOIN heartbeats h ON h.id = e.heartbeat_id
+        WHERE e.id < :before {"" if monitor_id is None else "AND e.monitor_id = :monitor"}
+        ORDER BY e.id DESC
+        LIMIT :limit
+        """,
+        {"monitor": monitor_id, "before": before or _NEWEST, "limit": limit},
+    )
+    events = {row["id"]: dict(row) | {"deliveries": []} for row in rows}
+    for delivery in db.execute(
+        """
+        SELECT event_id, channel, state, attempts, at, error
+        FROM deliveries
+        WHERE event_id IN (SELECT value FROM json_each(:events))
+        ORDER BY id
+        """,
+        {"events": json.dumps(list(events))},
+    ):
+        events[delivery["event_id"]]["deliveries"].append(delivery)
+    return list(events.values())
+
+
+def causes(db: sqlite3.Connection) -> dict[str, sqlite3.Row]:
+    """Why the monitors that are down went down, by key, with the end of the job's output."""
+    rows = db.execute(
+        """
+        SELECT m.key, e.reason, h.exit_status, SUBSTR(h.body, -1000) AS output
+        FROM monitors m
+        JOIN events e ON e.monitor_id = m.id AND e.at = m.since AND e.type = 'down'
+        LEFT JOIN heartbeats h ON h.id = e.heartbeat_id
+        WHERE m.state = 'down'
+        ORDER BY e.id
+        """
+    )
+    return {row["key"]: row for row in rows}
+
+
 def prune(db: sqlite3.Connection, after: int, count: int, before: int) -> int:
     """Delete a little of what may go: gaps, and events but for those of monitors that are still
     down, that are older than `before`; and, of the `count` monitors whose ids follow `after`, the
@@ -1759,6 +1832,7 @@ def prune(db: sqlite3.Connection, after: int, count: int, before: int) -> int:
 # ======================================================================================
 
 BODY_KEPT = 10_000  # bytes of a ping's body, its last ones
+STRANGERS_KEPT = 20  # of the unknown tokens that were pinged and their senders
 _EXIT_STATUS = re.compile(r"0|[1-9][0-9]{0,2}")
 
 
@@ -1771,6 +1845,19 @@ def read_signal(action: str) -> tuple[str, int | None] | None:
     if _EXIT_STATUS.fullmatch(action) and int(action) <= 255:
         return ("fail" if int(action) else "success"), int(action)
     return None
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """Pings from one sender with a token that is no monitor's: a typo, or a monitor that is gone.
+
+    Of the token only its first 4 characters: enough to find the typo, too little to be a secret.
+    """
+
+    start: str
+    sender: str
+    count: int
+    at: int  # of the last one
 
 
 def go_down(
@@ -1803,6 +1890,7 @@ class Intake:
         self._recent: dict[tuple[int, str], tuple[int, Write[None]]] = {}
         self._heard: dict[int, int] = {}  # monitor id -> when the last success was received
         self._unwritten: set[int] = set()  # the monitors whose last success was throttled
+        self._strangers: dict[tuple[str, str], Stranger] = {}  # the newest stands last
 
     def use(self, watched: Iterable[Watched]) -> None:
         """Take over a configuration's monitors; part of the operation that adopts them."""
@@ -1810,7 +1898,9 @@ class Intake:
         made_last = sorted(self._by_id.values(), key=lambda one: one.monitor.token is None)
         self._by_token = {one.token: one for one in made_last}  # nobody takes a token Larm made
 
-    def receive(self, token: str, action: str, ping: Callable[[str, int | None], Ping]) -> None:
+    def receive(
+        self, token: str, action: str, ping: Callable[[str, int | None], Ping], sender: str = ""
+    ) -> None:
         """Return once the ping is on disk, or at once where there is nothing to record.
 
         `ping` makes a Ping of (signal, exit status). Raises Unrecordable, whatever the token.
@@ -1819,6 +1909,8 @@ class Intake:
             raise Unrecordable(self._store.failure)
         watched = self._by_token.get(token)
         meaning = read_signal(action)
+        if watched is None:
+            self._remember(token[:4], sender)
         if watched is None or meaning is None:
             return
         write = self._accept(watched, ping(*meaning))
@@ -1827,6 +1919,19 @@ class Intake:
         except Exception:
             self._recent.pop((watched.id, meaning[0]), None)
             raise
+
+    def _remember(self, start: str, sender: str) -> None:
+        with self.lock:
+            before = self._strangers.pop((start, sender), None)
+            count = before.count + 1 if before else 1
+            self._strangers[start, sender] = Stranger(start, sender, count, self._clock.now())
+            if len(self._strangers) > STRANGERS_KEPT:
+                del self._strangers[next(iter(self._strangers))]
+
+    def strangers(self) -> list[Stranger]:
+        """The pings with unknown tokens since the start, the newest first."""
+        with self.lock:
+            return list(self._strangers.values())[::-1]
 
     def _accept(self, watched: Watched, ping: Ping) -> Write[None]:
         """The write that this ping's answer waits for: its own, or what it was throttled by."""
@@ -2156,9 +2261,21 @@ def uptime(
     start = now - span
     if created_at > start:
         return None
-    unwatched = [(gap["from_at"], gap["to_at"]) for gap in gaps]
+    away = [(gap["from_at"], gap["to_at"]) for gap in gaps]
+    gone = coverage(away)(start, now)
+    if gone >= span:
+        return None
+    lost = coverage(away + down_spans(changes, gaps, now))(start, now) - gone
+    return round(100 * (1 - lost / (span - gone)), 2)
+
+
+Span = tuple[int, int]  # from, to
+
+
+def down_spans(changes: Sequence[sqlite3.Row], gaps: Sequence[Gap], now: int) -> list[Span]:
+    """When a monitor was down; the end of a pause ends that."""
     ends = [(gap["to_at"], "up") for gap in gaps if gap["monitor_id"] is not None]
-    down: list[tuple[int, int]] = []
+    down: list[Span] = []
     went_down: int | None = None
     for at, type in sorted([*ends, *((change["at"], change["type"]) for change in changes)]):
         if type == "down":
@@ -2168,21 +2285,57 @@ def uptime(
             went_down = None
     if went_down is not None:
         down.append((went_down, now))
-    gone = _covered(unwatched, start, now)
-    if gone >= span:
-        return None
-    return round(100 * (1 - (_covered(unwatched + down, start, now) - gone) / (span - gone)), 2)
+    return down
 
 
-def _covered(spans: Iterable[tuple[int, int]], start: int, end: int) -> int:
-    """How much of the time from start to end the spans cover together."""
-    covered, reached = 0, start
-    for begin, finish in sorted(spans):
-        begin, finish = max(begin, reached), min(finish, end)
-        if finish > begin:
-            covered += finish - begin
-            reached = finish
-    return covered
+def coverage(spans: Iterable[Span]) -> Callable[[int, int], int]:
+    """A function of two moments: how much of the time between them the spans cover together."""
+    starts: list[int] = []
+    ends: list[int] = []
+    before: list[int] = []  # what the earlier ones cover
+    for start, end in sorted(spans):
+        start = max(start, ends[-1]) if ends else start
+        if end > start:
+            before.append(before[-1] + ends[-1] - starts[-1] if ends else 0)
+            starts.append(start)
+            ends.append(end)
+
+    def until(moment: int) -> int:
+        last = bisect.bisect_right(starts, moment) - 1
+        return before[last] + min(moment, ends[last]) - starts[last] if last >= 0 else 0
+
+    return lambda start, end: until(end) - until(start)
+
+
+Day = tuple[str, int]  # up, down, partly, unwatched or none; for how long it was down
+
+
+def days_of(
+    changes: Sequence[sqlite3.Row],
+    gaps: Sequence[Gap],
+    created_at: int,
+    days: Sequence[int],
+    now: int,
+) -> list[Day]:
+    """What became of each day between two of the moments `days`, counted as in uptime().
+
+    unwatched: for the most part; none: the monitor is younger.
+    """
+    away = [(gap["from_at"], gap["to_at"]) for gap in gaps]
+    gone = coverage(away)
+    lost = coverage(away + down_spans(changes, gaps, now))
+    found = []
+    for start, end in itertools.pairwise(days):
+        start, end = max(start, created_at), min(end, now)
+        watched = end - start - gone(start, end)
+        down = lost(start, end) - gone(start, end)
+        if start >= end:
+            found.append(("none", 0))
+        elif down > 0:
+            found.append(("partly" if down < watched else "down", down))
+        else:
+            found.append(("unwatched" if 2 * watched < end - start else "up", 0))
+    return found
 
 
 # ======================================================================================
@@ -2586,6 +2739,33 @@ def describe_monitors(
     return described
 
 
+def describe_days(
+    db: sqlite3.Connection, keys: Iterable[str], days: Sequence[int], now: int
+) -> dict[str, list[Day]]:
+    """days_of() these monitors, by key."""
+    rows, changes = read_monitors(db), state_changes(db, days[0])
+    gaps: dict[int | None, list[Gap]] = defaultdict(list)
+    for gap in gaps_since(db, days[0]):
+        gaps[gap["monitor_id"]].append(gap)
+    calm = days_of([], gaps[None], days[0], days, now)  # nothing of its own happened to most
+    found = {}
+    for key in keys:
+        row = rows.get(key)
+        if row is None or row["state"] == "pending":
+            found[key] = days_of([], [], now, days, now)
+            continue
+        own = gaps[row["id"]]
+        if row["unwatched_at"] is not None:
+            own.append({"monitor_id": row["id"], "from_at": row["unwatched_at"], "to_at": now})
+        if own or changes.get(row["id"]) or row["created_at"] > days[0]:
+            found[key] = days_of(
+                changes.get(row["id"], []), gaps[None] + own, row["created_at"], days, now
+            )
+        else:
+            found[key] = calm
+    return found
+
+
 class Access:
     """Who is a viewer (interface.md, "The rest of HTTP")."""
 
@@ -2730,7 +2910,9 @@ class Web:
         token, _, action = rest.partition("/")
         status, body, more = "200 OK", _OK, []
         try:
-            self._intake.receive(token, action, lambda *meaning: _ping(environ, *meaning))
+            self._intake.receive(
+                token, action, lambda *meaning: _ping(environ, *meaning), environ["REMOTE_ADDR"]
+            )
         except Exception as error:
             if not isinstance(error, Unrecordable):
                 log.error("a heartbeat was not recorded: %s: %s", type(error).__name__, error)
