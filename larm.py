@@ -3084,7 +3084,7 @@ class Site:
                 monitors, why, gaps, self._mistakes(), self._intake.strangers(), viewer, config, now
             ),
             rows=[
-                (one, lasting(one, now), bars[one["id"]], *longest_uptime(one))
+                (one, lasting(one, now), bars[one["id"]], longest_uptime(one))
                 for one in monitors
                 if is_asked_for(asked, one)
             ],
@@ -3205,11 +3205,11 @@ class Site:
             **PAGE_WORDS,
             config=config,
             prefix=config.prefix,
+            script=None if template == "word" else SCRIPT,  # a refusal does not ask again
             icon=ICONS[answer[0]],
             moment=moment,
             far=lambda at: far_from(at, now),
             ago=lambda text: ago(text, now),
-            at=lambda text: moment(moment_of(text)) if text else "",
             describe_delivery=lambda one: describe_delivery(one, config.timezone),
         )
         return page
@@ -3377,12 +3377,12 @@ def describe_cause(reason: str, exit_status: int | None) -> str:
             "overran": "its run did not end in time"}[reason]
 
 
-def longest_uptime(monitor: Described) -> tuple[str, str]:
-    """The figure of the longest time that there is one for, and that time."""
+def longest_uptime(monitor: Described) -> str:
+    """The figure of the longest time that there is one for, with that time unless it is 90 d."""
     for span, figure in reversed(monitor["uptime"].items()):
         if figure is not None and monitor["state"] != "pending":
-            return f"{figure:g} %", f"{span[:-1]} {span[-1]}"
-    return "–", ""
+            return f"{figure:g} %" if span == "90d" else f"{figure:g} % in {span[:-1]} {span[-1]}"
+    return "–"
 
 
 def is_asked_for(asked: str, monitor: Described) -> bool:
@@ -3433,7 +3433,7 @@ def snippets(monitor: Monitor, url: str) -> list[tuple[str, str]]:
 SIGNAL_CLASSES = {"success": "up", "fail": "down", "start": "paused", "log": "paused"}
 DAY_WORDS = {"up": "up", "down": "down all day", "partly": "down", "unwatched": "not watched",
              "none": "no data"}
-DAY_PATHS = {"up": "M{x} 13h{w}", "down": "M{x} 10h{w}", "partly": "M{x} 4h{w}M{x} 15h{w}",
+DAY_PATHS = {"up": "M{x} 13h{w}", "down": "M{x} 10h{w}", "partly": "M{x} 4h{w}m-{w} 11h{w}",
              "unwatched": "M{x} 17h{w}", "none": "M{x} 19h{w}"}
 
 
@@ -3448,14 +3448,15 @@ def draw_days(days: Sequence[Day], dates: Sequence[str]) -> str:
         first, last = dates[at], dates[at + count - 1]
         path = DAY_PATHS[kind].format(x=4 * at, w=4 * count - 1)
         words = DAY_WORDS[kind] + (f" {format_duration(down)}" if kind == "partly" else "")
-        when = first if first == last else f"{first}–{last}"
+        month = last[last.index(" ") :]
+        when = first if first == last else f"{first.removesuffix(month)}–{last}"
         kind = "" if kind == "up" else f'class="{kind}" '  # most are: not to be said so often
         parts.append(f'<path {kind}d="{path}"><title>{when}: {words}</title></path>')
         at += count
     for kind, word in (("up", "up"), ("partly", "partly down"), ("down", "down")):
         if number := sum(day[0] == kind for day in days):
-            counts.append(f"{counted(number, 'day')} {word}")
-    label = ", ".join(counts) or "no data"
+            counts.append(f"{number} {word}")
+    label = f"Days: {', '.join(counts) or 'no data'}"
     return (f'<svg class="days" viewBox="0 0 {4 * len(days) - 1} 20" role="img" '
             f'aria-label="{label}">{"".join(parts)}</svg>')
 
@@ -3742,7 +3743,9 @@ HEAD = r"""<!doctype html>
 
 FOOT = """</main>
 <footer><p>Larm {{version}} · times in {{config.timezone}}</p></footer>
+% if script:
 <script>{{!script}}</script>
+% end
 </body>
 </html>
 """
@@ -3783,15 +3786,14 @@ DASHBOARD = r"""
 <th scope="col">Last heartbeat</th><th scope="col">Next due</th>
 <th scope="col">90 days, to today</th><th scope="col">Uptime</th></tr></thead>
 <tbody>
-% for one, lasting, bar, uptime, span in rows:
+% for one, lasting, bar, uptime in rows:
 % due = ago(one["expected_at"]) if one["expected_at"] else "–"
 <tr id="m-{{one["id"]}}"><th scope="row">\\
 % shape(one["state"])
 <a href="{{prefix}}/monitor/{{one["id"]}}">{{one["name"]}}</a></th>
 <td class="{{one["state"]}}">{{one["state"]}} <small>{{lasting}}</small></td>
-<td title="{{at(one["last_heartbeat_at"])}}">{{ago(one["last_heartbeat_at"])}}</td>
-<td title="{{at(one["expected_at"])}}">{{due}}</td><td>{{!bar}}</td>
-<td>{{uptime}} <small>{{span}}</small></td></tr>
+<td>{{ago(one["last_heartbeat_at"])}}</td><td>{{due}}</td><td>{{!bar}}</td>
+<td>{{uptime}}</td></tr>
 % end
 </tbody>
 </table>
@@ -3860,11 +3862,8 @@ MONITOR = r"""
 <dt>Alerts to</dt>
 % end
 % for channel, test in tested:
-<dd>{{channel}}\\
-% if test:
-: test {{"sent" if test[1] is None else "not sent: " + test[1]}}, {{far(test[0])}}\\
-% end
-</dd>
+% result = f": test {'sent' if test[1] is None else 'not sent: ' + test[1]}" if test else ""
+<dd>{{channel}}{{result}}</dd>
 % end
 </dl></div></section>
 <section aria-labelledby="runs-title"><h2 id="runs-title">Heartbeats</h2>
@@ -3934,7 +3933,7 @@ MONITOR = r"""
 
 
 PAGE_WORDS = {  # what every template may use
-    "style": STYLE, "script": SCRIPT, "shapes": SHAPES, "version": __version__, "plain": plain,
+    "style": STYLE, "shapes": SHAPES, "version": __version__, "plain": plain,
     "describe_beat": describe_beat, "describe_event": describe_event, "signals": SIGNAL_CLASSES,
     "counted": counted,
 }
