@@ -3611,7 +3611,8 @@ summary { cursor: pointer; font-weight: 600; }
 td summary { font-weight: 400; }
 details + details { margin-top: .6rem; }
 footer { color: var(--muted); font-size: .8125rem; margin-top: 2.5rem; }
-svg.sr, .sr { clip-path: inset(50%); height: 1px; overflow: hidden; position: absolute; width: 1px; }
+.sr, svg.sr { clip-path: inset(50%); height: 1px; overflow: hidden;
+  position: absolute; width: 1px; }
 @media (max-width: 62rem) {
   thead { clip-path: inset(50%); position: absolute; }
   table, tbody { display: block; }

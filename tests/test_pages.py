@@ -539,7 +539,8 @@ def test_a_dashboard_of_50_monitors_is_one_page_of_at_most_60_kb(site):
 
     def live(db: sqlite3.Connection) -> None:
         program.write_alive(db, now)
-        db.execute("INSERT INTO gaps (from_at, to_at) VALUES (?, ?)", (now - 9 * DAY, now - 7 * DAY))
+        db.execute("INSERT INTO gaps (from_at, to_at) VALUES (?, ?)",
+                   (now - 9 * DAY, now - 7 * DAY))
         for n, watched in enumerate(house.watched.values()):
             for month in range(2):
                 at = now - 30 * DAY * month - (n % 20 + 2) * DAY - n * HOUR
