@@ -56,10 +56,10 @@ import zoneinfo
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, cast
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 __version__ = "0.1.0"
 
@@ -128,6 +128,14 @@ def far_from(at: int, now: int) -> str:
     if abs(at - now) < SECOND:
         return "now"
     return f"in {format_duration(at - now)}" if at > now else f"{format_duration(now - at)} ago"
+
+
+def midnights(zone: tzinfo, count: int, now: int) -> list[int]:
+    """When each of the last `count` days began, today's the last, and when today ends."""
+    today = datetime.fromtimestamp(now // SECOND, zone).date()
+    dates = [today - timedelta(days) for days in range(count - 1, -2, -1)]
+    starts = [datetime(date.year, date.month, date.day, tzinfo=zone) for date in dates]
+    return [round(start.timestamp()) * SECOND for start in starts]
 
 
 def iso_utc(ms: int) -> str:
@@ -2241,6 +2249,54 @@ def count_pending(db: sqlite3.Connection) -> dict[str, int]:
     return dict(rows.fetchall())
 
 
+_NEWEST = 2**63 - 1  # greater than any id
+
+
+def recent_events(
+    db: sqlite3.Connection, monitor_id: int | None, limit: int, before: int | None = None
+) -> list[dict[str, Any]]:
+    """The events of a monitor, or of all, newest first, each with its list of deliveries."""
+    rows = db.execute(
+        f"""
+        SELECT e.*, m.key, h.exit_status
+        FROM events e
+        JOIN monitors m ON m.id = e.monitor_id
+        LEFT JOIN heartbeats h ON h.id = e.heartbeat_id
+        WHERE e.id < :before {"" if monitor_id is None else "AND e.monitor_id = :monitor"}
+        ORDER BY e.id DESC
+        LIMIT :limit
+        """,
+        {"monitor": monitor_id, "before": before or _NEWEST, "limit": limit},
+    )
+    events = {row["id"]: dict(row) | {"deliveries": []} for row in rows}
+    for delivery in db.execute(
+        """
+        SELECT event_id, channel, state, attempts, at, error
+        FROM deliveries
+        WHERE event_id IN (SELECT value FROM json_each(:events))
+        ORDER BY id
+        """,
+        {"events": json.dumps(list(events))},
+    ):
+        events[delivery["event_id"]]["deliveries"].append(delivery)
+    return list(events.values())
+
+
+def causes(db: sqlite3.Connection) -> dict[str, sqlite3.Row]:
+    """Why the monitors that are down went down, by key, with the end of the job's output."""
+    rows = db.execute(
+        """
+        SELECT m.key, e.reason, h.exit_status, SUBSTR(h.body, -1000) AS output
+        FROM monitors m
+        JOIN events e ON e.monitor_id = m.id AND e.at = m.since AND e.type = 'down'
+        LEFT JOIN heartbeats h ON h.id = e.heartbeat_id
+        WHERE m.state = 'down'
+        ORDER BY e.id
+        """
+    )
+    return {row["key"]: row for row in rows}
+
+
 def prune_heartbeats(db: sqlite3.Connection, after: int, count: int, before: int) -> int:
     """Delete, of the `count` monitors whose ids follow `after`, the removed ones too, heartbeats
     that are older than `before` or not among the newest, and the bodies of those that are not among
@@ -2449,6 +2505,7 @@ BODY_KEPT = 10_000  # bytes of a ping's body, its last ones
 _CHANGES_AFTER = {  # the signals that change something next, and are not to be throttled here
     "success": ("start",), "fail": ("success", "start"), "start": ("success",), "log": (),
 }
+STRANGERS_KEPT = 20  # of the unknown tokens that were pinged and their senders
 _EXIT_STATUS = re.compile(r"0|[1-9][0-9]{0,2}")
 
 
@@ -2461,6 +2518,19 @@ def read_signal(action: str) -> tuple[str, int | None] | None:
     if _EXIT_STATUS.fullmatch(action) and int(action) <= 255:
         return ("fail" if int(action) else "success"), int(action)
     return None
+
+
+@dataclass(frozen=True)
+class Stranger:
+    """Pings from one sender with a token that is no monitor's: a typo, or a monitor that is gone.
+
+    Of the token only its first 4 characters: enough to find the typo, too little to be a secret.
+    """
+
+    start: str
+    sender: str
+    count: int
+    at: int  # of the last one
 
 
 class Intake:
@@ -2481,6 +2551,7 @@ class Intake:
         self._heard: dict[int, int] = {}  # monitor id -> when the last success was received
         self._unwritten: set[int] = set()  # the monitors whose last success was throttled
         self.throttled = 0  # pings, since the start
+        self._strangers: dict[tuple[str, str], Stranger] = {}  # the newest stands last
 
     def use(self, watched: Iterable[Watched]) -> None:
         """Take over a configuration's monitors; part of the operation that adopts them."""
@@ -2488,7 +2559,9 @@ class Intake:
         made_last = sorted(self._by_id.values(), key=lambda one: one.monitor.token is None)
         self._by_token = {one.token: one for one in made_last}  # nobody takes a token Larm made
 
-    def receive(self, token: str, action: str, ping: Callable[[str, int | None], Ping]) -> None:
+    def receive(
+        self, token: str, action: str, ping: Callable[[str, int | None], Ping], sender: str = ""
+    ) -> None:
         """Return once the ping is on disk, or at once where there is nothing to record.
 
         `ping` makes a Ping of (signal, exit status). Raises Unrecordable, whatever the token.
@@ -2497,6 +2570,8 @@ class Intake:
             raise Unrecordable(self._store.failure)
         watched = self._by_token.get(token)
         meaning = read_signal(action)
+        if watched is None:
+            self._remember(token[:4], sender)
         if watched is None or meaning is None:
             return
         write = self._accept(watched, ping(*meaning))
@@ -2505,6 +2580,19 @@ class Intake:
         except Exception:
             self._recent.pop((watched.id, meaning[0]), None)
             raise
+
+    def _remember(self, start: str, sender: str) -> None:
+        with self.lock:
+            before = self._strangers.pop((start, sender), None)
+            count = before.count + 1 if before else 1
+            self._strangers[start, sender] = Stranger(start, sender, count, self._clock.now())
+            if len(self._strangers) > STRANGERS_KEPT:
+                del self._strangers[next(iter(self._strangers))]
+
+    def strangers(self) -> list[Stranger]:
+        """The pings with unknown tokens since the start, the newest first."""
+        with self.lock:
+            return list(self._strangers.values())[::-1]
 
     def _accept(self, watched: Watched, ping: Ping) -> Write[None]:
         """The write that this ping's answer waits for: its own, or what it was throttled by."""
@@ -3077,9 +3165,21 @@ def uptime(
     start = now - span
     if created_at > start:
         return None
-    unwatched = [(gap["from_at"], gap["to_at"]) for gap in gaps]
+    away = [(gap["from_at"], gap["to_at"]) for gap in gaps]
+    gone = coverage(away)(start, now)
+    if gone >= span:
+        return None
+    lost = coverage(away + down_spans(changes, gaps, now))(start, now) - gone
+    return round(100 * (1 - lost / (span - gone)), 2)
+
+
+Span = tuple[int, int]  # from, to
+
+
+def down_spans(changes: Sequence[sqlite3.Row], gaps: Sequence[Gap], now: int) -> list[Span]:
+    """When a monitor was down; the end of a pause ends that."""
     ends = [(gap["to_at"], "up") for gap in gaps if gap["monitor_id"] is not None]
-    down: list[tuple[int, int]] = []
+    down: list[Span] = []
     went_down: int | None = None
     for at, type in sorted([*ends, *((change["at"], change["type"]) for change in changes)]):
         if type == "down":
@@ -3089,21 +3189,57 @@ def uptime(
             went_down = None
     if went_down is not None:
         down.append((went_down, now))
-    gone = _covered(unwatched, start, now)
-    if gone >= span:
-        return None
-    return round(100 * (1 - (_covered(unwatched + down, start, now) - gone) / (span - gone)), 2)
+    return down
 
 
-def _covered(spans: Iterable[tuple[int, int]], start: int, end: int) -> int:
-    """How much of the time from start to end the spans cover together."""
-    covered, reached = 0, start
-    for begin, finish in sorted(spans):
-        begin, finish = max(begin, reached), min(finish, end)
-        if finish > begin:
-            covered += finish - begin
-            reached = finish
-    return covered
+def coverage(spans: Iterable[Span]) -> Callable[[int, int], int]:
+    """A function of two moments: how much of the time between them the spans cover together."""
+    starts: list[int] = []
+    ends: list[int] = []
+    before: list[int] = []  # what the earlier ones cover
+    for start, end in sorted(spans):
+        start = max(start, ends[-1]) if ends else start
+        if end > start:
+            before.append(before[-1] + ends[-1] - starts[-1] if ends else 0)
+            starts.append(start)
+            ends.append(end)
+
+    def until(moment: int) -> int:
+        last = bisect.bisect_right(starts, moment) - 1
+        return before[last] + min(moment, ends[last]) - starts[last] if last >= 0 else 0
+
+    return lambda start, end: until(end) - until(start)
+
+
+Day = tuple[str, int]  # up, down, partly, unwatched or none; for how long it was down
+
+
+def days_of(
+    changes: Sequence[sqlite3.Row],
+    gaps: Sequence[Gap],
+    created_at: int,
+    days: Sequence[int],
+    now: int,
+) -> list[Day]:
+    """What became of each day between two of the moments `days`, counted as in uptime().
+
+    unwatched: for the most part; none: the monitor is younger.
+    """
+    away = [(gap["from_at"], gap["to_at"]) for gap in gaps]
+    gone = coverage(away)
+    lost = coverage(away + down_spans(changes, gaps, now))
+    found = []
+    for start, end in itertools.pairwise(days):
+        start, end = max(start, created_at), min(end, now)
+        watched = end - start - gone(start, end)
+        down = lost(start, end) - gone(start, end)
+        if start >= end:
+            found.append(("none", 0))
+        elif down > 0:
+            found.append(("partly" if down < watched else "down", down))
+        else:
+            found.append(("unwatched" if 2 * watched < end - start else "up", 0))
+    return found
 
 
 # ======================================================================================
@@ -3246,15 +3382,17 @@ def ripe(alerts: Sequence[sqlite3.Row], now: int) -> Sequence[sqlite3.Row]:
 Alert = sqlite3.Row  # as pending_alerts() gives it
 
 _CONTROLS = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]"  # ANSI: colours, cursor movements
-    r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # titles, links
-    "|[^\\S\n\t ]|[\x00-\x08\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+    r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours, and moving the cursor
+    r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?"  # titles, links and the like
+    r"|\x1b[ -/]*[0-~]"
+    r"|(?m:^[^\n]*\r(?=[^\r\n]))"  # what a progress bar overwrote
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 
 
 def plain(text: str) -> str:
-    """Text without what would steer a terminal or turn the direction of reading."""
-    return _CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    """Text as a terminal would leave it there, without what steers it or turns its direction."""
+    return _CONTROLS.sub("", text.replace("\r\n", "\n"))
 
 
 @dataclass(frozen=True)
@@ -3782,6 +3920,28 @@ class Metrics:
         return "\n".join([*lines, ""])
 
 
+def describe_days(
+    db: sqlite3.Connection, keys: Iterable[str], days: Sequence[int], now: int
+) -> dict[str, list[Day]]:
+    """days_of() these monitors, by key."""
+    rows, changes = read_monitors(db), state_changes(db, days[0])
+    gaps: dict[int | None, list[Gap]] = defaultdict(list)
+    for gap in gaps_since(db, days[0]):
+        gaps[gap["monitor_id"]].append(gap)
+    found = {}
+    for key in keys:
+        row = rows.get(key)
+        if row is None or row["state"] == "pending":
+            found[key] = days_of([], [], now, days, now)
+            continue
+        own = gaps[row["id"]]
+        if row["unwatched_at"] is not None:
+            own.append({"monitor_id": row["id"], "from_at": row["unwatched_at"], "to_at": now})
+        since = row["created_at"]
+        found[key] = days_of(changes.get(row["id"], []), gaps[None] + own, since, days, now)
+    return found
+
+
 class Access:
     """Who is a viewer (interface.md, "The rest of HTTP")."""
 
@@ -3895,10 +4055,10 @@ class Web:
         self._access: Access
         self.mistakes: Sequence[str] = ()  # in the file as it was saved last
         self._app = bottle.Bottle()
+        self._site = Site(store, clock, intake, lambda: self.mistakes)
+        self._site.add_routes(self._route)
         self._app.default_error_handler = self._error_page
         for path, handler in (
-            ("/", self._dashboard),
-            ("/monitor/<key>", self._dashboard),
             ("/badge/<key>.svg", self._badge),
             ("/metrics", self._metrics),
             ("/health", self._health),
@@ -3913,7 +4073,6 @@ class Web:
             ("POST", "channels/<channel:path>/test", self._test_channel),
         ):
             self._route(method, f"/api/v1/{path}", self._api(method, answer))
-        self._dashboard_page = bottle.SimpleTemplate(DASHBOARD)
         self._badge_image = bottle.SimpleTemplate(BADGE)
 
     def _route(self, method: str, path: str, handler: Callable[..., Any]) -> None:
@@ -3957,6 +4116,7 @@ class Web:
     def use(self, config: Config) -> None:
         self._config = config
         self._access = Access(config, self._clock)
+        self._site.use(config, self._access)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
@@ -3982,7 +4142,9 @@ class Web:
         token, _, action = rest.partition("/")
         status, body, more = "200 OK", _OK, []
         try:
-            self._intake.receive(token, action, lambda *meaning: _ping(environ, *meaning))
+            self._intake.receive(
+                token, action, lambda *meaning: _ping(environ, *meaning), environ["REMOTE_ADDR"]
+            )
         except Exception as error:
             if not isinstance(error, Unrecordable):
                 log.error("a heartbeat was not recorded: %s: %s", type(error).__name__, error)
@@ -3998,32 +4160,6 @@ class Web:
         ]
         start_response(status, headers)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
-
-    def _dashboard(self, key: str | None = None) -> Any:
-        """Every monitor, or the one that an alert's URL names."""
-        config, now = self._config, self._clock.now()
-        refusal = self._access.refusal(self._bottle.request.environ)
-        if refusal and not config.public:
-            return self._refuse(refusal)
-        if key and key not in config.monitors:
-            return self._bottle.HTTPError(404)
-        with self._store.reading() as db:
-            monitors = describe_monitors(db, config, now, [key] if key else None)
-            gaps = gaps_since(db, now - DAY)
-        self._secure_headers()
-        return self._dashboard_page.render(
-            monitors=monitors,
-            summary=_summary([monitor["state"] for monitor in monitors]),
-            viewer=refusal is None,
-            mistakes=self.mistakes if refusal is None else (),
-            gaps=[describe_gap(gap, config.timezone) for gap in gaps if is_long(gap)],
-            rhythm=lambda id: describe_rhythm(config.monitors[id]),
-            upcoming=upcoming(config.monitors[key], config.timezone, now) if key else [],
-            moment=functools.partial(_moment, zone=config.timezone, now=now),
-            prefix=config.prefix,
-            style=STYLE,
-            version=__version__,
-        )
 
     def _monitors_json(self, config: Config, viewer: bool, key: str | None = None) -> object:
         with self._store.reading() as db:
@@ -4131,12 +4267,7 @@ class Web:
         if self._bottle.request.path.startswith("/api/"):
             kind = ERROR_TYPES.get(error.status_code, "invalid_request")
             return self._json({"error": {"type": kind, "message": str(error.body)[:200]}})
-        self._secure_headers()
-        text = REFUSALS.get(error.status_code, "Larm's page is at / on this address.")
-        page: str = self._bottle.template(
-            REFUSAL, title=error.status_line, text=text, style=STYLE
-        )
-        return page
+        return self._site.refuse(error.status_code)
 
     def _secure_headers(self, content_type: str = "text/html; charset=UTF-8") -> None:
         """Nothing but our own style is loaded, nothing is kept, and no token leaves in a referrer.
@@ -4148,8 +4279,7 @@ class Web:
         response.set_header("X-Content-Type-Options", "nosniff")
         response.set_header(
             "Content-Security-Policy",
-            f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; base-uri 'none'; "
-            "form-action 'self'; frame-ancestors 'none'",
+            POLICY,
         )
 
 
@@ -4184,16 +4314,6 @@ def text_width(text: str) -> int:
     return 7 * len(text) + 4 * wide - 3 * narrow
 
 
-def _summary(states: Sequence[str]) -> str:
-    """The answer to why somebody opened the page."""
-    counts = {state: states.count(state) for state in ("down", "late", "pending", "paused")}
-    found = [f"{count} {state}" for state, count in counts.items() if count]
-    if counts["down"] or counts["late"] or not states.count("up"):
-        return f"{', '.join(found)} of {len(states)}"
-    all_up = f"All {states.count('up')} monitors are up" if len(states) > 1 else "Up"
-    return ", ".join([all_up, *found])
-
-
 def _moment(text: str | None, zone: tzinfo, now: int) -> str:
     """A JSON moment for people, with how far from now it is."""
     if text is None:
@@ -4202,9 +4322,196 @@ def _moment(text: str | None, zone: tzinfo, now: int) -> str:
     return f"{iso_local(at, zone)[:19]} ({far_from(at, now)})"
 
 
+Mistakes = Callable[[], Sequence[str]]
+
+
+class Site:
+    """The pages for people: the dashboard, and each monitor's with its buttons."""
+
+    def __init__(self, store: Store, clock: Clock, intake: Intake, mistakes: Mistakes) -> None:
+        import bottle
+
+        self._bottle = bottle
+        self._store = store
+        self._clock = clock
+        self._intake = intake
+        self._mistakes = mistakes
+        self._config: Config
+        self._access: Access
+        self._bars: tuple[object, dict[str, str]] = None, {}  # what they hold for, and they
+        self._tested: dict[str, tuple[int, str | None]] = {}  # channel -> when, and what failed
+        self._templates = {
+            name: bottle.SimpleTemplate(HEAD + body + FOOT)
+            for name, body in (("dashboard", DASHBOARD), ("monitor", MONITOR), ("word", ""))
+        }
+
+    def add_routes(self, route: Callable[[str, str, Callable[..., Any]], None]) -> None:
+        route("GET", "/", self._dashboard)
+        route("GET", "/monitor/<key>", self._monitor)
+        route("POST", "/monitor/<key>/<verb:re:pause|resume|test>", self._act)
+
+    def use(self, config: Config, access: Access) -> None:
+        self._config, self._access = config, access
+        self._bars = None, {}
+
+    def _dashboard(self) -> str:
+        config, now = self._config, self._clock.now()
+        refusal = self._refusal()
+        if refusal and not config.public:
+            return self.refuse(refusal)
+        viewer = refusal is None
+        with self._store.reading() as db:
+            monitors = describe_monitors(db, config, now)
+            why = causes(db)
+            bars = self._draw_bars(db, now)
+            gaps = [gap for gap in gaps_since(db, now - DAY) if is_long(gap)]
+        asked = " ".join(self._bottle.request.query.getunicode("q", "").split())[:100]
+        return self._render(
+            "dashboard",
+            answer(monitors, why, config, now),
+            notices=attention(
+                monitors, why, gaps, self._mistakes(), self._intake.strangers(), viewer, config, now
+            ),
+            rows=[
+                (one, lasting(one, now), bars[one["id"]], longest_uptime(one))
+                for one in monitors
+                if is_asked_for(asked, one)
+            ],
+            asked=asked,
+            count=len(monitors),
+            filter_from=FILTER_FROM,
+            viewer=viewer,
+            example=ping_command(monitors[0]["ping_url"]),
+        )
+
+    def _draw_bars(self, db: sqlite3.Connection, now: int) -> dict[str, str]:
+        """Each monitor's 90 days, by key. Drawn once a minute, and for each new event."""
+        zone = self._config.timezone
+        held_for = now // MINUTE, newest_id(db, "events")
+        if self._bars[0] != held_for:
+            days = midnights(zone, DAYS_SHOWN, now)
+            found = describe_days(db, self._config.monitors, days, now)
+            dates = [f"{datetime.fromtimestamp(day // SECOND, zone):%-d %b}" for day in days]
+            self._bars = held_for, {key: draw_days(one, dates) for key, one in found.items()}
+        return self._bars[1]
+
+    def _monitor(self, key: str) -> Any:
+        config, now = self._config, self._clock.now()
+        refusal = self._refusal()
+        if refusal and not config.public:
+            return self.refuse(refusal)
+        if key not in config.monitors:
+            return self._bottle.HTTPError(404)
+        before = self._bottle.request.query.get("before", "")
+        with self._store.reading() as db:
+            [monitor] = describe_monitors(db, config, now, [key])
+            id = read_monitors(db)[key]["id"]
+            beats = recent_heartbeats(db, id, BEATS_SHOWN)
+            older_than = int(before) if re.fullmatch("[0-9]{1,18}", before) else None
+            runs = recent_heartbeats(db, id, RUNS_SHOWN, older_than)
+            events = recent_events(db, id, EVENTS_SHOWN)
+            cause = causes(db).get(key)
+            bar = self._draw_bars(db, now)[key]
+        viewer = refusal is None
+        return self._render(
+            "monitor",
+            (monitor["state"], monitor["name"], sentence(monitor, cause, config, now)),
+            here=f"{config.prefix}/monitor/{key}",
+            monitor=monitor,
+            rhythm=describe_rhythm(config.monitors[key]),
+            upcoming=upcoming(config.monitors[key], config.timezone, now),
+            bar=bar,
+            timeline=draw_beats(beats, config.timezone, now),
+            beats=beats,
+            runs=runs,
+            older=runs[-1]["id"] if len(runs) == RUNS_SHOWN else None,
+            events=events,
+            viewer=viewer,
+            snippets=snippets(config.monitors[key], monitor["ping_url"]) if viewer else [],
+            tested=[(name, self._tested.get(name)) for name in monitor["channels"] if viewer],
+        )
+
+    def _act(self, key: str, verb: str) -> Any:
+        """A button of a monitor's page: do what it says, and show the page again."""
+        environ, config = self._bottle.request.environ, self._config
+        if refusal := self._refusal():
+            return self.refuse(refusal)
+        if self._access.is_cross_site(environ):
+            return self.refuse(403, "A page of another site asked for this: it was not done.")
+        monitor = config.monitors.get(key)
+        if monitor is None:
+            return self._bottle.HTTPError(404)
+        form = parse_qs(tail(environ["wsgi.input"], BODY_KEPT).decode("latin-1"))
+        try:
+            if verb == "test":
+                for name in monitor.notify:
+                    self._tested[name] = self._clock.now(), send_test(config, name)
+            else:
+                span = pause_length(form["for"][0]) if "for" in form else None
+                now = self._clock.now()
+                self._store.write(lambda db: pause_or_resume(db, monitor, verb, span, now))
+        except Unrecordable as error:
+            return self.refuse(503, f"Nothing can be written now: {error}")
+        except ValueError as error:
+            return self.refuse(400, str(error))
+        self._bottle.response.status = 303
+        self._bottle.response.set_header("Location", f"{config.prefix}/monitor/{key}")
+        return ""
+
+    def _refusal(self) -> int | None:
+        return self._access.refusal(self._bottle.request.environ)
+
+    def refuse(self, status: int, text: str = "") -> str:
+        """The page that says why there is no other one."""
+        response = self._bottle.response
+        response.status = status
+        if status == 401:
+            response.set_header("WWW-Authenticate", CHALLENGE)
+        if status == 429:
+            response.set_header("Retry-After", "60")
+        text = text or REFUSALS.get(status, "Larm's page is at / on this address.")
+        return self._render("word", ("paused", response.status_line, text))
+
+    def _render(self, template: str, answer: tuple[str, str, str], **values: Any) -> str:
+        """A page, which loads nothing but its own style and script, and tells no other site.
+
+        `answer`: the state, headline and sentence at its top.
+        """
+        response = self._bottle.response
+        response.set_header("Content-Type", "text/html; charset=UTF-8")
+        response.set_header("Cache-Control", "no-store")
+        response.set_header("Referrer-Policy", "same-origin")  # none at all makes Origin null
+        response.set_header("X-Content-Type-Options", "nosniff")
+        response.set_header("Content-Security-Policy", POLICY)
+        config, now = self._config, self._clock.now()
+
+        def moment(at: int) -> str:
+            return iso_local(at, config.timezone)[:19]
+
+        page: str = self._templates[template].render(
+            values,
+            **dict(zip(("state", "title", "text"), answer, strict=True)),
+            **PAGE_WORDS,
+            config=config,
+            prefix=config.prefix,
+            script=None if template == "word" else SCRIPT,  # a refusal does not ask again
+            icon=ICONS[answer[0]],
+            moment=moment,
+            far=lambda at: far_from(at, now),
+            ago=lambda text: ago(text, now),
+            describe_delivery=lambda one: describe_delivery(one, config.timezone),
+        )
+        return page
+
+
 # ======================================================================================
-# Pages: templates and style, as plain strings.
+# Pages: what people read, as words, drawings and templates. Knows nothing of HTTP.
 # ======================================================================================
+
+DAYS_SHOWN = 90
+BEATS_SHOWN, RUNS_SHOWN, EVENTS_SHOWN = 100, 20, 20
+FILTER_FROM = 15  # monitors: with fewer, eyes are faster
+PENDING_LISTED = 3  # monitors whose ping command the dashboard shows
 
 REFUSALS = {
     401: "Give the password that is set in larm.toml; the user name may be anything.",
@@ -4213,85 +4520,461 @@ REFUSALS = {
     429: "Too many wrong passwords. Wait a minute, then try again.",
 }
 
+Described = Mapping[str, Any]  # a monitor, as describe_monitor() gives it
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that needs attention. `kind` chooses its shape and colour: a state, or "note"."""
+
+    kind: str
+    title: str
+    text: str
+    link: str = ""  # below the prefix
+    code: str = ""  # to be copied, or what the job said
+
+
+def attention(
+    monitors: Sequence[Described],
+    causes: Mapping[str, sqlite3.Row],
+    gaps: Sequence[sqlite3.Row],
+    mistakes: Sequence[str],
+    strangers: Sequence[Stranger],
+    viewer: bool,
+    config: Config,
+    now: int,
+) -> list[Notice]:
+    """All that needs it, the worst first; but for viewers only the monitors and the gaps."""
+    found = []
+    for state in ("down", "late"):
+        ones = [monitor for monitor in monitors if monitor["state"] == state]
+        for one in ones[:LISTED]:
+            cause = causes.get(one["id"])
+            output = (cause["output"] or "") if viewer and cause else ""
+            said = "\n".join(plain(output).strip().splitlines()[-3:])
+            text = sentence(one, cause, config, now)
+            found.append(Notice(state, one["name"], text, f"/monitor/{one['id']}", said))
+        if len(ones) > LISTED:
+            more = len(ones) - LISTED
+            found.append(Notice(state, f"{more} more are {state}", "", f"/?q={state}"))
+    if viewer:
+        found += [Notice("late", "Not applied", mistake) for mistake in mistakes]
+    if viewer and not config.channels:
+        found.append(Notice("late", "Nobody is alerted", "larm.toml has no channels yet."))
+    found += [Notice("note", "Not watched", f"{describe_gap(gap, config.timezone)}.")
+              for gap in gaps]
+    found += [
+        Notice("note", "Unknown token",
+               f"{show(one.start)}… was pinged {counted(one.count, 'time')} from {one.sender}, "
+               f"last {far_from(one.at, now)}: a typo, or a monitor that was removed?")
+        for one in (strangers if viewer else ())
+    ]
+    waiting = [monitor for monitor in monitors if monitor["state"] == "pending"]
+    for one in waiting[:PENDING_LISTED]:
+        text, code = sentence(one, None, config, now), ""
+        if viewer and one["ping_url"]:
+            text, code = "Never pinged. Let its job run:", ping_command(one["ping_url"])
+        found.append(Notice("pending", one["name"], text, f"/monitor/{one['id']}", code))
+    if more := max(0, len(waiting) - PENDING_LISTED):
+        found.append(Notice("pending", f"{more} more were never pinged", "", "/?q=pending"))
+    return found
+
+
+def answer(
+    monitors: Sequence[Described], causes: Mapping[str, sqlite3.Row], config: Config, now: int
+) -> tuple[str, str, str]:
+    """Why somebody opened the page: (state, headline, one sentence more)."""
+    by_state: dict[str, list[Described]] = defaultdict(list)
+    for monitor in monitors:
+        by_state[monitor["state"]].append(monitor)
+    total, up = len(monitors), by_state["up"]
+
+    def others(*but: str) -> str:
+        words = {"down": "down", "late": "late", "pending": "never pinged", "paused": "paused"}
+        counts = [f"{len(by_state[state])} {word}" for state, word in words.items()
+                  if by_state[state] and state not in but]
+        return f" Also {', '.join(counts)}." if counts else ""
+
+    for state in ("down", "late"):
+        ones = by_state[state]
+        if len(ones) == 1:
+            text = sentence(ones[0], causes.get(ones[0]["id"]), config, now)
+            return state, f"{ones[0]['name']} is {state}", text + others(state)
+        if ones:
+            names = [f"{one['name'][:NAME_SHOWN]} for {lasting(one, now)}" for one in ones[:3]]
+            more = f" and {len(ones) - 3} more" if len(ones) > 3 else ""
+            text = f"{', '.join(names)}{more}.{others(state)}"
+            return state, f"{len(ones)} of {total} monitors are {state}", text
+    if up:
+        headline = f"{len(up)} of {total} monitors are up"
+        if len(up) == total:
+            headline = f"All {total} monitors are up" if total > 1 else f"{up[0]['name']} is up"
+        last = ago(max(monitor["last_heartbeat_at"] for monitor in up), now)
+        due = ago(min(monitor["expected_at"] for monitor in up), now)
+        return "up", headline, f"Last heartbeat {last}, next one due {due}.{others()}"
+    if by_state["pending"]:
+        return "pending", "Waiting for the first ping", f"None has come yet.{others('pending')}"
+    return "paused", "Nothing is watched", f"{counted(total, 'monitor')} paused."
+
+
+def moment_of(text: str) -> int:
+    """A JSON moment in milliseconds."""
+    return round(datetime.fromisoformat(text).timestamp() * SECOND)
+
+
+def ago(text: str | None, now: int) -> str:
+    """How far a JSON moment is from now, in its largest unit."""
+    if text is None:
+        return "never"
+    return re.sub(r"(\d \w+) \d+ \w+", r"\1", far_from(moment_of(text), now))
+
+
+def lasting(monitor: Described, now: int) -> str:
+    """For how long a monitor has had its state."""
+    return ago(monitor["since"], now).removesuffix(" ago")
+
+
+def sentence(
+    monitor: Described, cause: sqlite3.Row | None, config: Config, now: int
+) -> str:
+    """A monitor's state since when, why, and what comes next; `cause`: as causes() gives it."""
+    state, since = monitor["state"], moment_of(monitor["since"])
+    last, due, deadline = (
+        ago(monitor[name], now) for name in ("last_heartbeat_at", "expected_at", "deadline_at")
+    )
+    grace = format_duration(round(monitor["grace_seconds"] * SECOND))
+    is_today = now - since < DAY and midnights(config.timezone, 1, now)[0] <= since
+    moment = datetime.fromtimestamp(since // SECOND, config.timezone)
+    when = f"since {moment:{'%H:%M' if is_today else '%-d %b %H:%M'}} ({lasting(monitor, now)})"
+    if state == "up":
+        return f"Up. Last heartbeat {last}, next due {due}, {grace} grace."
+    if state == "late":
+        return f"Late: due {due}, down {deadline} unless it pings. Last heartbeat {last}."
+    if state == "down":
+        why = describe_cause(cause["reason"], cause["exit_status"]) if cause else "unknown why"
+        return f"Down {when}: {why}. Last heartbeat {last}."
+    if state == "pending":
+        return "Never pinged. It is watched from its first heartbeat on."
+    off = "" if monitor["enabled"] else "by enabled = false in larm.toml, "
+    return f"Paused {off}{when}. Last heartbeat {last}."
+
+
+def describe_cause(reason: str, exit_status: int | None) -> str:
+    if reason == "failed" and exit_status is not None:
+        return f"exit status {exit_status}"
+    return {"missed": "no heartbeat came in time", "failed": "the job reported a failure",
+            "overran": "its run did not end in time"}[reason]
+
+
+def longest_uptime(monitor: Described) -> str:
+    """The figure of the longest time that there is one for, with that time unless it is 90 d."""
+    for span, figure in reversed(monitor["uptime"].items()):
+        if figure is not None and monitor["state"] != "pending":
+            return f"{figure:g} %" if span == "90d" else f"{figure:g} % in {span[:-1]} {span[-1]}"
+    return "–"
+
+
+def is_asked_for(asked: str, monitor: Described) -> bool:
+    """Whether each word of the filter is in a monitor's name, key or state."""
+    text = f"{monitor['name']} {monitor['id']} {monitor['state']}".casefold()
+    return all(word in text for word in asked.casefold().split())
+
+
+def ping_command(ping_url: str) -> str:
+    return f"curl -fsS -m 10 --retry 5 {ping_url}"
+
+
+def snippets(monitor: Monitor, url: str) -> list[tuple[str, str]]:
+    """How a job pings, ready to be copied: (where, what)."""
+    minutes = monitor.interval // MINUTE
+    times = "0 3 * * *" if minutes >= 1440 else f"0 */{minutes // 60} * * *"
+    if minutes < 60:
+        times = f"*/{max(1, minutes)} * * * *"
+    if monitor.schedule:
+        times = monitor.schedule.expression
+    job, curl = "/path/to/job.sh", ping_command(url)
+    return [
+        ("crontab", f"{times} {job} && {curl}"),
+        ("Shell, with its failures", f"{job}; {curl}/$?"),
+        ("Larm's own wrapper, with output and duration",
+         f"python3 larm.py run --url {url} -- {job}"),
+        ("systemd service", f"[Service]\nType=oneshot\nExecStart={job}\nExecStartPost={curl}"),
+        ("Python", f'import urllib.request\nurllib.request.urlopen("{url}", timeout=10)'),
+        ("Node.js", f'await fetch("{url}", {{ signal: AbortSignal.timeout(10_000) }});'),
+        ("Ruby", f'require "net/http"\nNet::HTTP.get(URI("{url}"))'),
+    ]
+
+
+SIGNAL_CLASSES = {"success": "up", "fail": "down", "start": "paused", "log": "paused"}
+DAY_WORDS = {"up": "up", "down": "down all day", "partly": "down", "unwatched": "not watched",
+             "none": "no data"}
+DAY_PATHS = {"up": "M{x} 13h{w}", "down": "M{x} 10h{w}", "partly": "M{x} 4h{w}m-{w} 11h{w}",
+             "unwatched": "M{x} 17h{w}", "none": "M{x} 19h{w}"}
+
+
+def draw_days(days: Sequence[Day], dates: Sequence[str]) -> str:
+    """A bar of one cell a day, 3 wide and 1 apart; equal days in a row are one dashed line.
+
+    What is not up stands out of the line, and each kind has a height of its own.
+    """
+    parts, counts, at = [], [], 0
+    for (kind, down), run in itertools.groupby(days):
+        count = len(list(run))
+        first, last = dates[at], dates[at + count - 1]
+        path = DAY_PATHS[kind].format(x=4 * at, w=4 * count - 1)
+        words = DAY_WORDS[kind] + (f" {format_duration(down)}" if kind == "partly" else "")
+        month = last[last.index(" ") :]
+        when = first if first == last else f"{first.removesuffix(month)}–{last}"
+        kind = "" if kind == "up" else f'class="{kind}" '  # most are: not to be said so often
+        parts.append(f'<path {kind}d="{path}"><title>{when}: {words}</title></path>')
+        at += count
+    for kind, word in (("up", "up"), ("partly", "partly down"), ("down", "down")):
+        if number := sum(day[0] == kind for day in days):
+            counts.append(f"{number} {word}")
+    label = f"Days: {', '.join(counts) or 'no data'}"
+    return (f'<svg class="days" viewBox="0 0 {4 * len(days) - 1} 20" role="img" '
+            f'aria-label="{label}">{"".join(parts)}</svg>')
+
+
+def draw_beats(beats: Sequence[sqlite3.Row], zone: tzinfo, now: int) -> str:
+    """Heartbeats (newest first) on a line of time that ends now, as high as they took long."""
+    first = beats[-1]["at"] if beats else now
+    longest = max((beat["duration_ms"] or 0 for beat in beats), default=0)
+    parts = []
+    for beat in reversed(beats):
+        height = 30 + (48 * (beat["duration_ms"] or 0) // longest if longest else 0)
+        kind = SIGNAL_CLASSES[beat["signal"]]
+        x = 4 + 992 * (beat["at"] - first) // max(1, now - first)
+        parts.append(f'<path class="{kind}" d="M{x} 80v-{height if kind != "paused" else 14}">'
+                     f"<title>{iso_local(beat['at'], zone)[:19]}: {describe_beat(beat)}</title>"
+                     "</path>")
+    return (f'<svg class="beats" viewBox="0 0 1000 80" preserveAspectRatio="none" role="img" '
+            f'aria-label="{counted(len(beats), "heartbeat")}">{"".join(parts)}</svg>')
+
+
+def describe_beat(beat: sqlite3.Row) -> str:
+    """What a heartbeat said: "success, took 12 s"; "failed, exit status 3"."""
+    text = {"success": "success", "fail": "failed", "start": "started", "log": "output"}
+    words = [text[beat["signal"]]]
+    if beat["exit_status"]:
+        words.append(f"exit status {beat['exit_status']}")
+    if beat["duration_ms"] is not None:
+        words.append(f"took {format_duration(beat['duration_ms'])}")
+    return ", ".join(words)
+
+
+def event_in_words(event: Mapping[str, Any]) -> str:
+    if event["type"] == "up":
+        return f"up again after {format_duration(event['down_ms'])}"
+    return f"down: {describe_cause(event['reason'], event['exit_status'])}"
+
+
+def describe_delivery(delivery: sqlite3.Row, zone: tzinfo) -> str:
+    """What became of an alert on its way to a channel."""
+    words = [delivery["state"]]
+    if delivery["at"] is not None:
+        words[0] += f" {iso_local(delivery['at'], zone)[:19]}"
+    if delivery["state"] != "sent" or delivery["attempts"] > 1:
+        words.append(counted(delivery["attempts"], "attempt"))
+    return ", ".join([*words, delivery["error"] or ""]).rstrip(", ")
+
+
+SHAPES = {  # of the states, each with a form of its own, for those who see no difference in colour
+    "up": "M12 1a11 11 0 1 0 0 22a11 11 0 0 0 0-22zM10.2 17.4l-5.1-5.1 2-2 3.1 3.1 6.7-6.7 2 2z",
+    "down": "M7.4 1h9.2L23 7.4v9.2L16.6 23H7.4L1 16.6V7.4zM8.2 6.2l-2 2L10 12l-3.8 3.8 2 2L12 14l"
+    "3.8 3.8 2-2L14 12l3.8-3.8-2-2L12 10z",
+    "late": "M12 1.5 23.8 22.5H.2zM10.8 9v6.5h2.4V9zM10.8 17.4v2.4h2.4v-2.4z",
+    "pending": "M12 1a11 11 0 1 0 0 22a11 11 0 0 0 0-22zM12 4a8 8 0 1 1 0 16a8 8 0 0 1 0-16zM12 9"
+    "a3 3 0 1 0 0 6a3 3 0 0 0 0-6z",
+    "paused": "M5 1h14a4 4 0 0 1 4 4v14a4 4 0 0 1-4 4H5a4 4 0 0 1-4-4V5a4 4 0 0 1 4-4zM7.5 7v10h3V7"
+    "zM13.5 7v10h3V7z",
+    "note": "M12 1a11 11 0 1 0 0 22a11 11 0 0 0 0-22zM10.7 10.5v7h2.6v-7zM10.7 6v2.6h2.6V6z",
+}
+_ICON_COLOURS = {"up": "#14803f", "down": "#c81e27", "late": "#b97a00"}
+ICONS = {
+    state: "data:image/svg+xml," + quote(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24"><path fill-rule="evenodd" '
+        f'fill="{_ICON_COLOURS.get(state, "#667")}" d="{shape}"/></svg>'
+    )
+    for state, shape in SHAPES.items()
+}
+
 STYLE = """
-:root { color-scheme: light dark; --line: #8883; --muted: light-dark(#555, #aaa);
-  --up: light-dark(#14703a, #6fd694); --down: light-dark(#b3161f, #ff8f8f);
-  --late: light-dark(#8a5a00, #f2bd5a); }
-body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 1rem; }
-h1 { font-size: 1.4rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { border-bottom: 1px solid var(--line); padding: .5rem; text-align: left;
-  vertical-align: top; }
-thead th { color: var(--muted); font-weight: 500; }
-tbody th { font-weight: 600; }
-.state { font-weight: 600; white-space: nowrap; }
+:root { color-scheme: light dark; --paper: #f6f6f3; --card: #fff; --ink: #191b1d;
+  --muted: #5b6066; --line: #e4e4df; --up: #12703c; --down: #b8151e; --late: #855600;
+  --bar: #35a067; --partly: #c98500;
+  --is-up: #115c34; --is-down: #ad121b; --is-late: #7d5200; --is-else: #46525f; }
+@media (prefers-color-scheme: dark) { :root { --paper: #111315; --card: #1a1d20; --ink: #e8eaec;
+  --muted: #a2a9b0; --line: #2d3236; --up: #63d396; --down: #ff857f; --late: #f0b94f;
+  --bar: #3a9c67; --partly: #e0a030;
+  --is-up: #0e4b2b; --is-down: #8f0f17; --is-late: #644200; --is-else: #353f4a; } }
+* { box-sizing: border-box; margin: 0; }
+body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums; margin: auto; max-width: 74rem; overflow-wrap: anywhere;
+  padding: 0 max(1rem, 2vw) 2rem; }
+header, nav { align-items: center; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }
+header { justify-content: space-between; min-height: 3.5rem; }
+nav a { color: var(--muted); text-decoration: none; }
+nav a:first-child { color: inherit; font-weight: 700; }
+a { color: inherit; text-decoration-color: var(--muted); text-underline-offset: .2em; }
+a:hover { text-decoration: underline; }
+:focus-visible { outline: 3px solid #2a78d6; outline-offset: 2px; }
+h1 { font-size: clamp(1.6rem, 1.2rem + 2vw, 2.5rem); font-weight: 680; letter-spacing: -.02em;
+  line-height: 1.15; text-wrap: balance; }
+h2 { font-size: 1.06rem; font-weight: 650; margin: 2.25rem 0 .7rem; }
+h1, b, tbody th, pre, dd { unicode-bidi: isolate; }
+small, .ends { color: var(--muted); font-size: .84rem; font-weight: 400; }
+svg { fill: currentColor; flex: none; height: 1.05em; vertical-align: -.15em; width: 1.05em; }
 .up { color: var(--up); } .down { color: var(--down); } .late { color: var(--late); }
-.pending, .paused, footer { color: var(--muted); }
-small { color: var(--muted); display: block; font-weight: 400; }
-a { color: inherit; }
-.notice { border-left: .25rem solid var(--late); padding-left: .75rem; }
-code { font-size: .85rem; overflow-wrap: anywhere; user-select: all; }
-@media (max-width: 50rem) {
-  thead { position: absolute; clip-path: inset(50%); }
-  tr { border-bottom: 1px solid var(--line); display: block; padding: .6rem 0; }
-  th, td { border: 0; display: block; padding: .1rem 0; }
-  td[data-label]::before { color: var(--muted); content: attr(data-label) ": "; }
+.pending, .paused, .note { color: var(--muted); }
+.answer { align-items: center; background: var(--is-else); border-radius: 1rem; color: #fff;
+  display: flex; gap: clamp(1rem, 3vw, 1.75rem); padding: clamp(1.25rem, 3vw, 2.25rem); }
+.answer.up { background: var(--is-up); } .answer.down { background: var(--is-down); }
+.answer.late { background: var(--is-late); }
+.answer svg { color: #fff; font-size: clamp(2.5rem, 7vw, 4rem); }
+.answer p { font-size: 1.06rem; margin-top: .4rem; }
+#stale { background: var(--late); border-radius: .5rem; color: var(--paper); font-weight: 600;
+  padding: .2rem .7rem; }
+.card, .notices { background: var(--card); border: 1px solid var(--line); border-radius: .75rem;
+  padding: 1rem; }
+.card + table, .card p + p, pre + p, .figures + dl { margin-top: 1rem; }
+.notices { list-style: none; padding: 0 1rem; }
+.notices li { display: grid; gap: 0 .75rem; grid-template-columns: auto 12rem minmax(0, 1fr);
+  padding: .75rem 0; }
+li + li { border-top: 1px solid var(--line); }
+.notices svg { font-size: 1.2rem; margin-top: .2rem; }
+pre { background: var(--paper); border: 1px solid var(--line); border-radius: .5rem;
+  font: .8125rem/1.5 ui-monospace, monospace; margin-top: .5rem; max-height: 24rem; overflow: auto;
+  padding: .6rem .8rem; user-select: all; white-space: pre-wrap; }
+.bar, .ends { display: flex; gap: 0 1rem; justify-content: space-between; }
+.bar { align-items: end; flex-wrap: wrap; }
+form { align-items: center; display: inline-flex; gap: .5rem; margin: 1rem 1rem 0 0; }
+.bar form { margin: 0 0 .7rem; }
+input, select, button { background: var(--card); border: 1px solid var(--muted);
+  border-radius: .5rem; color: inherit; font: inherit; min-height: 2.5rem; padding: .3rem .8rem; }
+button { cursor: pointer; font-weight: 600; }
+button:hover { background: var(--line); }
+table { background: var(--card); border-radius: .75rem; border-spacing: 0;
+  box-shadow: 0 0 0 1px var(--line); font-size: .9375rem; overflow: hidden; width: 100%; }
+th, td { border-top: 1px solid var(--line); padding: .6rem .75rem; text-align: left; }
+th:first-child { padding-left: 1rem; }
+thead th { border: 0; color: var(--muted); font-size: .8125rem; font-weight: 500; }
+tbody a { text-decoration: none; }
+.rows th svg { margin-right: .6rem; }
+.rows td { white-space: nowrap; }
+.rows td.up, .rows td.down, .rows td.late { font-weight: 600; }
+.past th { font-weight: 400; }
+.past th, .past td { vertical-align: top; }
+.days { display: block; height: auto; width: 359px; }
+.days path { pointer-events: all; stroke: var(--bar); stroke-dasharray: 3 1; stroke-width: 14; }
+.days .down { stroke: var(--down); stroke-width: 20; }
+.days .partly { stroke: var(--partly); stroke-width: 8; }
+.days .unwatched { stroke: var(--muted); stroke-width: 6; }
+.days .none { stroke: var(--muted); stroke-width: 2; }
+.card .days { width: 100%; }
+.beats { border-bottom: 2px solid var(--line); display: block; height: 5rem; width: 100%; }
+.beats path { stroke: currentColor; stroke-width: 4; vector-effect: non-scaling-stroke; }
+.beats .up { color: var(--bar); } .beats .down { stroke-dasharray: 9 4; }
+.ends { margin: .3rem 0 0; }
+dl { display: grid; gap: .3rem 1.25rem; grid-template-columns: auto 1fr; }
+dt { color: var(--muted); }
+dd { grid-column: 2; }
+.figures { gap: .5rem 2.5rem; grid-template-columns: repeat(4, max-content); margin-top: 1rem; }
+.figures div { display: flex; flex-direction: column-reverse; }
+.figures dd { font-size: 1.4rem; font-weight: 600; }
+summary { cursor: pointer; font-weight: 600; }
+td summary { font-weight: 400; }
+details + details { margin-top: .6rem; }
+footer { color: var(--muted); font-size: .8125rem; margin-top: 2.5rem; }
+.sr, svg.sr { clip-path: inset(50%); height: 1px; overflow: hidden;
+  position: absolute; width: 1px; }
+@media (max-width: 62rem) {
+  thead { clip-path: inset(50%); position: absolute; }
+  table, tbody { display: block; }
+  tr { border-top: 1px solid var(--line); display: grid; gap: .15rem .75rem; padding: .7rem 1rem;
+    grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) auto; }
+  tr:first-child { border: 0; }
+  th, td, th:first-child { border: 0; padding: 0; }
+  .rows th { grid-column: 1 / 3; }
+  .rows td:nth-child(2), .rows td:last-child { text-align: right; }
+  .rows td:nth-child(5) { grid-column: 1 / 4; }
+  .past tr { display: flex; flex-wrap: wrap; }
+  .rows td:nth-child(3), .rows td:nth-child(4), .rows td:last-child { color: var(--muted);
+    font-size: .8125rem; grid-row: 3; white-space: normal; }
+  .rows td:nth-child(3)::before { content: "Last "; }
+  .rows td:nth-child(4)::before { content: "Due "; }
+  .rows .days { width: 100%; }
+}
+@media (max-width: 40rem) {
+  .answer { align-items: start; }
+  .figures { grid-template-columns: 1fr 1fr; }
+  .beats path { stroke-width: 2; }
+  .notices li { grid-template-columns: auto minmax(0, 1fr); }
+  .notices div { grid-column: 2; }
+}
+@media (prefers-reduced-motion: no-preference) { .answer { transition: background .3s; } }
+@media print {
+  .answer[class] { background: none; border: 2px solid; }
+  .answer, .answer svg { color: inherit; }
+  form, header, footer, #add, #how { display: none; }
 }
 """
-STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 
-DASHBOARD = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{summary}} · Larm</title>
-<style>{{!style}}</style>
-</head>
-<body>
-<main>
-<h1>{{summary}}</h1>
-% for mistake in mistakes:
-<p class="notice down">Not applied: {{mistake}}</p>
-% end
-% for gap in gaps:
-<p class="notice">{{gap}}.</p>
-% end
-<table>
-<thead>
-<tr><th scope="col">Monitor</th><th scope="col">State</th><th scope="col">Since</th>
-<th scope="col">Last heartbeat</th><th scope="col">Next due</th>
-% if viewer:
-<th scope="col">Ping URL</th>
-% end
-</tr>
-</thead>
-<tbody>
-% signs = {"up": "✓", "down": "✗", "late": "!", "pending": "…", "paused": "‖"}
-% for monitor in monitors:
-<tr>
-<th scope="row"><a href="{{prefix}}/monitor/{{monitor["id"]}}">{{monitor["name"]}}</a>
-<small>{{rhythm(monitor["id"])}}</small></th>
-<td class="state {{monitor["state"]}}">{{signs[monitor["state"]]}} {{monitor["state"]}}</td>
-<td data-label="Since">{{moment(monitor["since"])}}</td>
-<td data-label="Last heartbeat">{{moment(monitor["last_heartbeat_at"])}}</td>
-<td data-label="Next due">{{moment(monitor["expected_at"])}}
-% for occurrence in upcoming:
-<small>{{occurrence}}</small>
-% end
-</td>
-% if viewer:
-<td data-label="Ping URL"><code>{{monitor["ping_url"]}}</code>
-<small>{{monitor["note"]}}</small></td>
-% end
-</tr>
-% end
-</tbody>
-</table>
-</main>
-<footer><p>Larm {{version}}</p></footer>
-</body>
-</html>
+SCRIPT = """
+(() => {
+const every = 15000, $ = (selector, root = document) => root.querySelector(selector);
+let asked = 0, timer, seen = new Date();
+
+function update(old, now) {  // change only what differs: scroll, focus and open details stay
+  if (old.isEqualNode(now)) return;
+  for (const {name} of [...old.attributes])
+    if (name !== "open" && !now.hasAttribute(name)) old.removeAttribute(name);
+  for (const {name, value} of now.attributes)
+    if (name !== "open" && old.getAttribute(name) !== value) old.setAttribute(name, value);
+  let next = old.firstChild;
+  for (const child of [...now.childNodes]) {
+    const twin = child.id ? document.getElementById(child.id) : next;
+    if (twin?.parentNode === old && twin.nodeName === child.nodeName && twin.id === child.id) {
+      if (twin !== next) old.insertBefore(twin, next);
+      if (child.nodeType === 1) update(twin, child);
+      else if (twin.data !== child.data) twin.data = child.data;
+      next = twin.nextSibling;
+    } else old.insertBefore(child, next);
+  }
+  while (next) { const gone = next; next = next.nextSibling; gone.remove(); }
+}
+
+async function refresh() {
+  clearTimeout(timer);
+  const turn = ++asked, stale = $("#stale");
+  try {
+    const answer = await fetch(location.pathname + location.search,
+      {cache: "no-store", signal: AbortSignal.timeout(10000)});
+    if (!answer.ok) throw answer.status;
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    if (turn !== asked) return;
+    update($("main"), $("main", page));
+    document.title = page.title;
+    $("link[rel=icon]").href = $("link[rel=icon]", page).href;
+    seen = new Date();
+    stale.hidden = true;
+  } catch {
+    if (turn !== asked) return;
+    stale.textContent = `Stale since ${seen.toLocaleTimeString()}: Larm does not answer`;
+    stale.hidden = false;
+  }
+  timer = setTimeout(refresh, every);
+}
+
+document.addEventListener("input", ({target}) => {
+  if (target.id !== "q") return;
+  history.replaceState(null, "", target.value ? "?q=" + encodeURIComponent(target.value) : "?");
+  clearTimeout(timer);
+  timer = setTimeout(refresh, 150);
+});
+document.addEventListener("visibilitychange", () => document.hidden || refresh());
+timer = setTimeout(refresh, every);
+})();
 """
 
 BADGE_NAME = 40  # characters of a monitor's name
@@ -4311,17 +4994,241 @@ BADGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{{left + right + 24}}"
 </svg>
 """
 
-REFUSAL = """<!doctype html>
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+POLICY = (
+    f"default-src 'none'; style-src 'sha256-{_hash(STYLE)}'; script-src 'sha256-{_hash(SCRIPT)}'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+)
+
+HEAD = r"""<!doctype html>
+% def shape(kind):
+<svg class="{{kind}}"><use href="#{{kind}}"/></svg>\\
+% end
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{title}} · Larm</title>
+<link rel="icon" href="{{icon}}">
 <style>{{!style}}</style>
 </head>
-<body><main><h1>{{title}}</h1><p>{{text}}</p></main></body>
+<body>
+<svg class="sr" aria-hidden="true">
+% for kind, path in shapes.items():
+<symbol id="{{kind}}" viewBox="0 0 24 24"><path fill-rule="evenodd" d="{{path}}"/></symbol>
+% end
+</svg>
+<header><nav><a href="{{prefix}}/">Larm</a>
+% if get("viewer"):
+<a href="{{prefix}}/#monitors">Monitors</a> <a href="{{prefix}}/#add">Add a monitor</a>
+% end
+</nav><p id="stale" role="status" hidden></p></header>
+<main>
+<div class="answer {{state}}">
+% shape(state)
+<div><h1 aria-live="polite">{{title}}</h1><p>{{text}}</p></div>
+</div>
+"""
+
+FOOT = """</main>
+<footer><p>Larm {{version}} · times in {{config.timezone}}</p></footer>
+% if script:
+<script>{{!script}}</script>
+% end
+</body>
 </html>
 """
+
+DASHBOARD = r"""
+% if notices:
+<section id="attention" aria-labelledby="attention-title">
+<h2 id="attention-title">Needs attention</h2>
+<ul class="notices">
+% for one in notices:
+<li>
+% shape(one.kind)
+<b>\\
+% if one.link:
+<a href="{{prefix}}{{one.link}}">{{one.title}}</a>\\
+% else:
+{{one.title}}\\
+% end
+</b><div>{{one.text}}\\
+% if one.code:
+<pre dir="auto">{{one.code}}</pre>\\
+% end
+</div></li>
+% end
+</ul>
+</section>
+% end
+<section id="monitors" aria-labelledby="monitors-title">
+<div class="bar"><h2 id="monitors-title">Monitors</h2>
+% if count >= filter_from:
+<form role="search" action="{{prefix}}/"><label for="q">Filter</label>
+<input id="q" name="q" type="search" value="{{asked}}" autocomplete="off"></form>
+% end
+</div>
+% if rows:
+<table class="rows">
+<thead><tr><th scope="col">Monitor</th><th scope="col">State</th>
+<th scope="col">Last heartbeat</th><th scope="col">Next due</th>
+<th scope="col">90 days, to today</th><th scope="col">Uptime</th></tr></thead>
+<tbody>
+% for one, lasting, bar, uptime in rows:
+% due = ago(one["expected_at"]) if one["expected_at"] else "–"
+<tr id="m-{{one["id"]}}"><th scope="row">\\
+% shape(one["state"])
+<a href="{{prefix}}/monitor/{{one["id"]}}">{{one["name"]}}</a></th>
+<td class="{{one["state"]}}">{{one["state"]}} <small>{{lasting}}</small></td>
+<td>{{ago(one["last_heartbeat_at"])}}</td><td>{{due}}</td><td>{{!bar}}</td>
+<td>{{uptime}}</td></tr>
+% end
+</tbody>
+</table>
+% else:
+<p class="card">No monitor has that in its name, id or state.</p>
+% end
+</section>
+% if viewer:
+<section id="add" aria-labelledby="add-title"><h2 id="add-title">Add a monitor</h2>
+<div class="card">
+<p>Write what you expect into <b>{{config.path}}</b> and save it; Larm applies it within 2 s.</p>
+<pre>[monitors.nightly-backup]
+interval = "1d"
+grace = "30m"</pre>
+<p>Then let the job fetch its monitor's own URL when it is done. Each monitor's page has that URL
+and lines ready to copy for cron, systemd, Python and more.</p>
+<pre>0 3 * * * /usr/local/bin/backup.sh &amp;&amp; {{example}}</pre>
+</div></section>
+% end
+"""
+
+MONITOR = r"""
+% if viewer and monitor["enabled"]:
+% if monitor["state"] == "paused":
+<form method="post" action="{{here}}/resume"><button>Resume</button></form>
+% else:
+<form method="post" action="{{here}}/pause"><button>Pause</button><label class="sr" for="for">for
+</label><select id="for" name="for"><option value="">until resumed</option>
+<option value="1h">for 1 hour</option><option value="1d">for 1 day</option>
+<option value="7d">for 7 days</option></select></form>
+% end
+% end
+% if tested:
+<form method="post" action="{{here}}/test"><button>Send a test alert</button></form>
+% end
+% def how_to_ping():
+<section id="how" aria-labelledby="how-title"><h2 id="how-title">How to ping</h2>
+<div class="card">
+% for number, (where, code) in enumerate(snippets):
+<details id="how-{{number}}"{{" open" if number == 0 else ""}}><summary>{{where}}</summary>
+<pre>{{code}}</pre></details>
+% end
+</div></section>
+% end
+% if viewer and not beats:
+% how_to_ping()
+% end
+<section aria-labelledby="days-title"><h2 id="days-title">The last 90 days</h2>
+<div class="card">{{!bar}}
+<p class="ends"><span>90 days ago</span><span>today</span></p>
+<dl class="figures">
+% for span, figure in monitor["uptime"].items():
+% known = figure is not None and beats
+<div><dt>up of {{span[:-1]}} {{span[-1]}}</dt><dd>{{f"{figure:g} %" if known else "–"}}</dd></div>
+% end
+</dl>
+<dl>
+<dt>Expected</dt><dd>{{rhythm}}</dd>
+% if upcoming:
+<dt>Next</dt><dd>{{", ".join(upcoming)}}</dd>
+% end
+% if viewer and monitor["note"]:
+<dt>Note</dt><dd dir="auto">{{monitor["note"]}}</dd>
+% end
+% if tested:
+<dt>Alerts to</dt>
+% end
+% for channel, test in tested:
+% result = f": test {'sent' if test[1] is None else 'not sent: ' + test[1]}" if test else ""
+<dd>{{channel}}{{result}}</dd>
+% end
+</dl></div></section>
+<section aria-labelledby="runs-title"><h2 id="runs-title">Heartbeats</h2>
+% if not beats:
+<p class="card">None yet.</p>
+% else:
+<div class="card">{{!timeline}}
+<p class="ends"><span>{{far(beats[-1]["at"])}}</span><span>now</span></p></div>
+<table class="past">
+<thead><tr><th scope="col">When</th><th scope="col">What</th>
+% if viewer:
+<th scope="col">From</th><th scope="col">Output</th>
+% end
+</tr></thead>
+<tbody>
+% for run in runs:
+<tr id="h-{{run["id"]}}"><th scope="row">{{moment(run["at"])}}
+<small>{{far(run["at"])}}</small></th>
+<td class="{{signals[run["signal"]]}}">{{describe_beat(run)}}</td>
+% if viewer:
+<td>{{run["sender"] or "–"}} <small>{{run["user_agent"] or ""}}</small></td><td>\\
+% if run["body"]:
+<details><summary>{{counted(len(run["body"].splitlines()), "line")}}</summary>
+<pre dir="auto">{{plain(run["body"])}}</pre></details>\\
+% end
+</td>
+% end
+</tr>
+% end
+</tbody></table>
+% if older:
+<p class="ends"><a href="{{here}}?before={{older}}">Older heartbeats</a></p>
+% end
+% end
+</section>
+<section aria-labelledby="events-title"><h2 id="events-title">Events</h2>
+% if not events:
+<p class="card">It has never been down.</p>
+% else:
+<table class="past">
+<thead><tr><th scope="col">When</th><th scope="col">What</th>
+% if viewer:
+<th scope="col">Who was told</th>
+% end
+</tr></thead>
+<tbody>
+% for event in events:
+<tr id="e-{{event["id"]}}"><th scope="row">{{moment(event["at"])}}
+<small>{{far(event["at"])}}</small></th>
+<td class="{{event["type"]}}">{{event_in_words(event)}}</td>
+% if viewer:
+<td>
+% for one in event["deliveries"]:
+<div>{{one["channel"]}}: {{describe_delivery(one)}}</div>
+% end
+</td>
+% end
+</tr>
+% end
+</tbody></table>
+% end
+</section>
+% if viewer and beats:
+% how_to_ping()
+% end
+"""
+
+
+PAGE_WORDS = {  # what every template may use
+    "style": STYLE, "shapes": SHAPES, "version": __version__, "plain": plain,
+    "describe_beat": describe_beat, "event_in_words": event_in_words, "signals": SIGNAL_CLASSES,
+    "counted": counted,
+}
 
 
 # ======================================================================================
@@ -5032,10 +5939,6 @@ def announce(larm: Larm) -> None:
             if monitor["state"] == "pending":
                 print(f"{monitor['name']} has never been pinged. Add to its job:\n"
                       f"  {ping_command(monitor['ping_url'])}", file=sys.stderr)
-
-
-def ping_command(ping_url: str) -> str:
-    return f"curl -fsS -m 10 --retry 5 {ping_url}"
 
 
 def check(arguments: argparse.Namespace) -> int:

@@ -433,7 +433,7 @@ def test_html_in_a_digest_injects_nothing(house, webhook):
         ("a\x00b\x07c\x08d", "abcd"),
         ("\u202eevil\u202c", "evil"),
         ("\u2066x\u2069", "x"),
-        ("50 %\rdone", "50 %\ndone"),
+        ("50 %\rdone", "done"),
         ("one\r\ntwo", "one\ntwo"),
         ("tab\there", "tab\there"),
     ],
