@@ -4365,12 +4365,14 @@ class Site:
             why = causes(db)
             bars = self._draw_bars(db, now)
             gaps = [gap for gap in gaps_since(db, now - DAY) if is_long(gap)]
+            troubles = describe_troubles(db, config, now)
         asked = " ".join(self._bottle.request.query.getunicode("q", "").split())[:100]
         return self._render(
             "dashboard",
             answer(monitors, why, config, now),
             notices=attention(
-                monitors, why, gaps, self._mistakes(), self._intake.strangers(), viewer, config, now
+                monitors, why, gaps, self._mistakes(), troubles, self._intake.strangers(), viewer,
+                config, now,
             ),
             rows=[
                 (one, lasting(one, now), bars[one["id"]], longest_uptime(one))
@@ -4419,6 +4421,7 @@ class Site:
             here=f"{config.prefix}/monitor/{key}",
             monitor=monitor,
             rhythm=describe_rhythm(config.monitors[key]),
+            found=rhythm(config.monitors[key], beats).lines(),
             upcoming=upcoming(config.monitors[key], config.timezone, now),
             bar=bar,
             timeline=draw_beats(beats, config.timezone, now),
@@ -4534,11 +4537,22 @@ class Notice:
     code: str = ""  # to be copied, or what the job said
 
 
+def describe_troubles(db: sqlite3.Connection, config: Config, now: int) -> list[str]:
+    """What is wrong with Larm itself, but for its file, and with its channels."""
+    found = [row["text"] for row in open_troubles(db) if row["topic"] in ("disk", "database")]
+    return found + [
+        f"channel {name}: {describe_channel(row, config.timezone, now)}"
+        for name, row in read_channels(db).items()
+        if name in config.channels and row["failing_since"] is not None
+    ]
+
+
 def attention(
     monitors: Sequence[Described],
     causes: Mapping[str, sqlite3.Row],
     gaps: Sequence[sqlite3.Row],
     mistakes: Sequence[str],
+    troubles: Sequence[str],
     strangers: Sequence[Stranger],
     viewer: bool,
     config: Config,
@@ -4558,6 +4572,7 @@ def attention(
             more = len(ones) - LISTED
             found.append(Notice(state, f"{more} more are {state}", "", f"/?q={state}"))
     if viewer:
+        found += [Notice("late", "Larm", trouble) for trouble in troubles]
         found += [Notice("late", "Not applied", mistake) for mistake in mistakes]
     if viewer and not config.channels:
         found.append(Notice("late", "Nobody is alerted", "larm.toml has no channels yet."))
@@ -5144,6 +5159,9 @@ MONITOR = r"""
 </dl>
 <dl>
 <dt>Expected</dt><dd>{{rhythm}}</dd>
+% for line in found:
+<dt>Found</dt><dd>{{line}}</dd>
+% end
 % if upcoming:
 <dt>Next</dt><dd>{{", ".join(upcoming)}}</dd>
 % end

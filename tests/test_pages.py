@@ -578,3 +578,16 @@ def test_the_number_of_queries_does_not_grow_with_the_monitors(site):
 def test_1000_monitors_have_a_page(site):
     larm = site(jobs(1_000))
     assert larm.get().html.count('<tr id="m-') == 1_000
+
+
+def test_a_channel_that_fails_needs_attention_of_viewers_only(site):
+    larm = site("public = true\n[channels]\nphone = 'json://127.0.0.1:9/secret-path'\n"
+                '[monitors.job]\ninterval = "1h"\n')
+    larm.house.ping("job", "fail")
+    [due] = larm.house.rows("SELECT id FROM deliveries")
+    now = larm.house.clock.now()
+    larm.house.store.write(lambda db: program.note_attempt(
+        db, "phone", [due["id"]], "pending", now, now + MINUTE, "Connection refused"))
+    assert "channel phone: last failed" in larm.get("/").text
+    assert "Connection refused" in larm.get("/").text
+    assert "phone" not in larm.get("/", HTTP_VIA="a proxy").text
