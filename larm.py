@@ -4538,8 +4538,14 @@ class Notice:
 
 
 def describe_troubles(db: sqlite3.Connection, config: Config, now: int) -> list[str]:
-    """What is wrong with Larm itself, but for its file, and with its channels."""
+    """What is wrong with Larm itself, but for its file, with its channels, and what flaps."""
     found = [row["text"] for row in open_troubles(db) if row["topic"] in ("disk", "database")]
+    rows = read_monitors(db)
+    found += [
+        f"{monitor.name} is flapping: no alert of it until it has held one state"
+        for key, monitor in config.monitors.items()
+        if key in rows and rows[key]["told"] == "flapping" and rows[key]["watching"] == "yes"
+    ]
     return found + [
         f"channel {name}: {describe_channel(row, config.timezone, now)}"
         for name, row in read_channels(db).items()

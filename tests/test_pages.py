@@ -591,3 +591,12 @@ def test_a_channel_that_fails_needs_attention_of_viewers_only(site):
     assert "channel phone: last failed" in larm.get("/").text
     assert "Connection refused" in larm.get("/").text
     assert "phone" not in larm.get("/", HTTP_VIA="a proxy").text
+
+
+def test_a_flapping_monitor_needs_attention(site):
+    larm = site('[monitors.job]\ninterval = "1h"\n')
+    for _ in range(4):
+        for action in ("fail", ""):
+            larm.house.clock.advance(10 * MINUTE)
+            larm.house.ping("job", action)
+    assert "job is flapping" in larm.get("/").text
