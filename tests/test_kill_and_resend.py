@@ -82,7 +82,7 @@ class Receivers:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        self.server.handle_error = lambda *_: None  # type: ignore[method-assign]
+        self.server.handle_error = lambda *_: None  # type: ignore[method-assign] - kills cut requests short
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
