@@ -20,10 +20,50 @@ The rooms below stand in the order in which a heartbeat travels; each knows only
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+import signal
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - this must parse on 3.8, and be above the imports
+
+    def job_in(words: list[str]) -> list[str]:
+        """The COMMAND of `[-c FILE] run [--url URL | KEY] [--] COMMAND`; [] of any other verb."""
+        beside, verb = os.path.join(os.path.dirname(os.path.abspath(__file__)), "larm.toml"), ""
+        file, url = "larm.toml" if os.path.exists("larm.toml") else beside, ""
+        while words and words[0] != "--" and (not verb or words[0].startswith("-")):
+            name, joined, value = words.pop(0).partition("=")
+            if name in ("-c", "--config", "--url") and (joined or words):
+                value = value if joined else words.pop(0)
+                url, file = (value, file) if name == "--url" else (url, value)
+            elif not name.startswith("-"):
+                verb = name
+        if verb != "run":
+            return []
+        if "--" in words[: 1 if url else 2]:
+            return words[words.index("--") + 1 :]
+        text = ""
+        with contextlib.suppress(OSError), open(file, encoding="utf-8", errors="replace") as opened:
+            text = re.sub("[ \t\"']", "", opened.read())  # no tomllib here: a heading must do
+        is_key = words and f"[monitors.{words[0]}]" in text
+        return words[1:] if is_key and not (url or os.environ.get("LARM_URL")) else words
+
+    job = job_in(sys.argv[1:])
+    found = "larm.py needs Python 3.11 or newer, and this is {}.{}.{}".format(*sys.version_info)
+    unwatched = "; the job runs, but Larm hears nothing of it" if job else ""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{found}{unwatched}\n".encode())
+    if not job:
+        sys.exit(2)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them; a job must not
+        signal.signal(number, signal.SIG_DFL)
+    os.execv("/bin/sh", ["/bin/sh", "-c", 'exec "$0" "$@"', *job])  # says why it can't, too
+
 import argparse
 import base64
 import bisect
-import contextlib
+import codecs
 import dataclasses
 import difflib
 import errno
@@ -32,41 +72,54 @@ import functools
 import hashlib
 import hmac
 import http.client
+import importlib
 import io
+import ipaddress
 import itertools
 import json
 import logging
-import os
+import math
+import operator
 import queue
 import random
-import re
+import resource
 import secrets
 import select
-import signal
 import socket
 import sqlite3
-import sys
+import struct
+import tempfile
 import termios
 import threading
 import time
 import tomllib
-import unicodedata
+import urllib.error
 import urllib.request
 import zoneinfo
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
+from functools import partial
+from html import escape
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar, cast
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from typing import Any, Generic, NoReturn, TypeVar
+from urllib.parse import parse_qs, quote, quote_plus, unquote, urlsplit
 
 __version__ = "0.1.0"
 
 log = logging.getLogger("larm")
 T = TypeVar("T")
-D = TypeVar("D")
-Item = TypeVar("Item")
+
+
+def show(value: object) -> str:
+    """A value as a message may show it: short, on one line, and never a URL (law 9)."""
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "a table"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    if not text.isprintable():
+        text = json.dumps(value)
+    return "a URL" if "://" in text else text if len(text) <= 70 else text[:66] + " ..."
 
 
 # ======================================================================================
@@ -77,15 +130,11 @@ SECOND = 1_000  # every duration and every moment in Larm is a whole number of m
 MINUTE = 60 * SECOND
 HOUR = 60 * MINUTE
 DAY = 24 * HOUR
-WEEK = 7 * DAY
 
 LONGEST = 366 * DAY  # of an interval
-NEVER = 1000 * LONGEST
 SANE = 1_577_836_800_000  # 2020-01-01: a clock before it has not been set since the machine started
 
-_UNITS = {"w": WEEK, "d": DAY, "h": HOUR, "m": MINUTE, "s": SECOND}
-_DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?)\s*{unit}\s*)?" for unit in _UNITS))
-DURATION_FORMS = 'seconds as a number, or "90s" "15m" "1h30m" "2d" "1w"'
+_DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?)\s*{unit}\s*)?" for unit in "wdhms"))
 
 
 def parse_duration(value: object) -> int:
@@ -93,15 +142,17 @@ def parse_duration(value: object) -> int:
 
     Raises ValueError with a message that says what is allowed.
     """
-    with contextlib.suppress(OverflowError):  # beyond what a float holds, or not finite
-        if isinstance(value, (int, float)) and value == value and not isinstance(value, bool):
-            return round(float(value) * SECOND)
-        if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())) and match[0]:
-            amounts = zip(match.groups(), _UNITS.values(), strict=True)
-            return round(sum(float(amount) * unit for amount, unit in amounts if amount))
-    if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*", value):
-        raise ValueError(f'{show(value)} has no unit: leave out the quotes, or write "{value}s"')
-    raise ValueError(f"{show(value)} is not a duration: write {DURATION_FORMS}")
+    parts: list[float] = []
+    if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())):
+        units = zip(match.groups(), (7 * DAY, DAY, HOUR, MINUTE, SECOND), strict=True)
+        parts = [float(amount) * unit for amount, unit in units if amount]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        parts = [value * SECOND]
+    with contextlib.suppress(OverflowError, ValueError):  # infinite, or not a number
+        if parts:
+            return round(sum(parts))
+    forms = 'seconds as a number, or "90s" "15m" "1h30m" "2d" "1w"'
+    raise ValueError(f"{show(value)} is not a duration: write {forms}")
 
 
 def format_duration(ms: int) -> str:
@@ -140,8 +191,7 @@ def midnights(zone: tzinfo, count: int, now: int) -> list[int]:
 
 def iso_utc(ms: int) -> str:
     """A moment for programs: "2026-11-22T02:00:12.345Z"."""
-    moment = datetime.fromtimestamp(ms // SECOND, UTC).replace(microsecond=ms % SECOND * 1000)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return f"{datetime.fromtimestamp(ms // SECOND, UTC):%Y-%m-%dT%H:%M:%S}.{ms % SECOND:03}Z"
 
 
 def iso_local(ms: int, zone: tzinfo) -> str:
@@ -149,19 +199,40 @@ def iso_local(ms: int, zone: tzinfo) -> str:
     return datetime.fromtimestamp(ms // SECOND, zone).isoformat(" ", "seconds")
 
 
-def system_zone() -> tzinfo:
-    """The machine's timezone, with its rules for summer time; UTC where none is set."""
-    return _read_zone(os.environ.get("TZ", "").lstrip(":") or "/etc/localtime")
-
-
-@functools.cache
-def _read_zone(name: str) -> tzinfo:
-    with contextlib.suppress(OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
-        if not name.startswith("/"):
+def parse_zone(name: object) -> tzinfo:
+    """The timezone of a name such as "Europe/Stockholm"; raises ValueError with what to do."""
+    if name in ("UTC", "Etc/UTC"):  # needs no tzdata
+        return UTC
+    if isinstance(name, str):
+        with contextlib.suppress(OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
             return zoneinfo.ZoneInfo(name)
-        with open(name, "rb") as rules:
-            return zoneinfo.ZoneInfo.from_file(rules, "local time")
-    return UTC
+    zones = zoneinfo.available_timezones()
+    if not zones:
+        raise ValueError("no time zones are installed here: install tzdata (apt-get or pip)")
+    near = difflib.get_close_matches(str(name)[:64], zones, 1, 0.6)
+    hint = f"; did you mean {near[0]}?" if near else ', such as "Europe/Stockholm" or "UTC"'
+    raise ValueError(f"{show(name)} is not a time zone{hint}")
+
+
+@functools.cache  # so that a schedule that is read again equals itself
+def system_zone() -> tuple[tzinfo, str | None]:
+    """The timezone that libc uses (tzset(3)): a name, a file, or a rule such as
+    "CET-1CEST,M3.5.0,M10.5.0/3". Where it can't be had, UTC, and a clause that says so.
+    """
+    path = "/etc/localtime"
+    linked = os.path.realpath(path).partition("/zoneinfo/")[2]  # the link leads on without tzdata
+    name = os.environ.get("TZ", linked or (path if os.path.exists(path) else ""))
+    name = name.removeprefix(":") or "UTC"
+    try:
+        return parse_zone(name), None
+    except ValueError as error:
+        trouble = f"times are in UTC and not by TZ or {path}: {error}"
+    # A timezone file (RFC 8536) without a transition, whose footer is the rule.
+    half = b"TZif2" + bytes(15) + struct.pack(">6LlBB4s", 0, 0, 0, 0, 1, 4, 0, 0, 0, b"UTC")
+    with contextlib.suppress(OSError, ValueError):
+        file = Path(name).read_bytes() if name[0] == "/" else half + half + f"\n{name}\n".encode()
+        return zoneinfo.ZoneInfo.from_file(io.BytesIO(file), name), None
+    return UTC, trouble
 
 
 class Clock:
@@ -185,7 +256,11 @@ class Clock:
 
     def now(self) -> int:
         """Milliseconds since the epoch."""
-        return self._offset + self.monotonic()
+        return self.at(self.monotonic())
+
+    def at(self, monotonic: int) -> int:
+        """What now() is, by the last resync(), when monotonic() is that."""
+        return self.offset + monotonic
 
     def monotonic(self) -> int:
         """Milliseconds since some start; never set, and standing still while suspended."""
@@ -197,95 +272,61 @@ class Clock:
 
     def resync(self) -> None:
         """Take over the wall clock as it stands."""
-        self._offset = self._wall() // 1_000_000 - self.monotonic()
+        self.offset = self._wall() // 1_000_000 - self.monotonic()
 
 
-_SCHEDULE_NAMES = {
-    "@hourly": "0 * * * *",
-    "@daily": "0 0 * * *",
-    "@midnight": "0 0 * * *",
-    "@weekly": "0 0 * * 0",
-    "@monthly": "0 0 1 * *",
-    "@yearly": "0 0 1 1 *",
-    "@annually": "0 0 1 1 *",
-}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Schedule:
-    """When a job is due, as a cron expression in a timezone (computed by cronsim)."""
+    """When a job is due: a cron expression of five fields in a timezone, computed by cronsim.
+
+    Without cronsim ImportError is raised, and for a bad expression cronsim's own error.
+    """
 
     expression: str
     zone: tzinfo
     zone_name: str | None = None
 
     def next_after(self, moment: int, count: int = 1) -> list[int]:
-        """The next `count` occurrences after a moment; fewer where it stops occurring.
-
-        Raises ImportError without cronsim, and cronsim's own error for a bad expression.
-        """
+        """The next `count` occurrences after a moment."""
         from cronsim import CronSim
 
         start = datetime.fromtimestamp(moment / SECOND, self.zone)
-        times = (round(found.timestamp() * SECOND) for found in CronSim(self._fields, start))
+        times = (round(found.timestamp() * SECOND) for found in CronSim(self.expression, start))
         # in the hour that comes twice, cronsim may name its first pass, which is over
         return list(itertools.islice((time for time in times if time > moment), count))
-
-    @property
-    def shortest_gap(self) -> int:
-        """Milliseconds of the shortest gap between occurrences, but for what summer time takes
-        or gives; 0 if it never occurs.
-        """
-        return _shortest_gap(self._fields)
 
     @property
     def in_words(self) -> str:
         """ "At 03:00 every day" """
         from cronsim import CronSim
 
-        return CronSim(self._fields, datetime(2020, 1, 1, tzinfo=UTC)).explain()
+        return CronSim(self.expression, datetime(2020, 1, 1, tzinfo=UTC)).explain()
 
     @property
-    def _fields(self) -> str:
-        return _SCHEDULE_NAMES.get(self.expression.lower(), self.expression)
+    def shortest_gap(self) -> int:
+        """Milliseconds between its closest occurrences, but for what summer time takes or gives."""
+        return self._shortest_gap(self.expression)
 
+    @staticmethod
+    @functools.lru_cache(maxsize=16_384)  # a reload computes nothing again
+    def _shortest_gap(expression: str) -> int:
+        from cronsim import CronSim
 
-@functools.lru_cache(maxsize=16_384)  # a reload computes nothing again
-def _shortest_gap(fields: str) -> int:
-    """The shortest gap, from the times of day and the days on which a schedule occurs."""
-    from cronsim import CronSim
-
-    parsed = CronSim(fields, datetime(2020, 1, 1, tzinfo=UTC))
-    times = sorted(
-        HOUR * hour + MINUTE * minute for hour in parsed.hours for minute in parsed.minutes
-    )
-    days = _shortest_day_gap(*fields.split()[2:])
-    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-    return min([*gaps, days + times[0] - times[-1]]) if days else 0
-
-
-@functools.lru_cache(maxsize=1_024)
-def _shortest_day_gap(day: str, month: str, weekday: str) -> int:
-    """The shortest time between two days on which a schedule occurs; 0: it never does.
-
-    Most schedules of a household share their days, so that the search is done once for all.
-    """
-    schedule = Schedule(f"0 0 {day} {month} {weekday}", UTC)
-    upcoming = schedule.next_after(Clock().now(), 32)
-    gaps = [later - earlier for earlier, later in itertools.pairwise(upcoming)]
-    return min(gaps, default=LONGEST if upcoming else 0)
+        parsed = CronSim(expression, datetime(2020, 1, 1, tzinfo=UTC))
+        hours = [HOUR * hour for hour in sorted(parsed.hours)]
+        times = [hour + MINUTE * minute for hour in hours for minute in sorted(parsed.minutes)]
+        midnight = Schedule(" ".join(["0 0", *expression.split()[2:]]), UTC)
+        days = itertools.pairwise(midnight.next_after(SANE, 32))
+        times.append(times[0] + min(later - earlier for earlier, later in days))  # the next day's
+        return min(later - earlier for earlier, later in itertools.pairwise(times))
 
 
 # ======================================================================================
 # Config: larm.toml as frozen dataclasses. A Config that exists is valid.
 # ======================================================================================
 
-TOKEN = re.compile(r"[A-Za-z0-9_-]{16,128}")
-_KEY = re.compile(r"[a-z0-9_-]{1,64}")
-_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Monitor:
     """What is expected of one job. Durations are milliseconds."""
 
@@ -294,573 +335,32 @@ class Monitor:
     interval: int  # of a schedule: the shortest gap between its occurrences
     schedule: Schedule | None
     grace: int
-    token: str | None
+    token: str | None = field(repr=False)
     notify: tuple[str, ...]
     remind: int | None
     max_runtime: int | None
     depends_on: tuple[str, ...]
     enabled: bool
     note: str
+    # (from, to) after midnight in the configuration's timezone; from > to: over midnight
+    quiet: tuple[tuple[int, int], ...]
 
     @property
     def window(self) -> int:
         """At most one success is stored within so many milliseconds (law 2)."""
         return -(-self.interval // 10)
 
-    @property
-    def rhythm(self) -> str:
-        """What its deadlines are computed from: they are computed anew when this changes."""
-        schedule = self.schedule
-        pattern = f"{schedule.expression} {schedule.zone}" if schedule else str(self.interval)
-        return f"{pattern} + {self.grace}"
-
-    def expectation(self, received_at: int) -> tuple[int, int]:
-        """(expected_at, deadline_at) of the next ping after one received at that moment.
+    def expectation(self, received_at: int) -> int:
+        """When the next ping is expected after one received at that moment; its deadline is a
+        grace later.
 
         A scheduled job's ping may come early by the smaller of the grace and a tenth of the gap; it
         then counts for the occurrence that it precedes (design.md, "Time").
         """
         if self.schedule is None:
-            expected_at = received_at + self.interval
-        else:
-            early = min(self.grace, self.interval // 10)
-            expected_at = (self.schedule.next_after(received_at + early) or [NEVER])[0]
-        return expected_at, expected_at + self.grace
-
-
-@dataclass(frozen=True)
-class Watchdog:
-    """Another watcher that Larm itself pings."""
-
-    ping: str
-    interval: int
-
-
-@dataclass(frozen=True)
-class Config:
-    """A valid larm.toml."""
-
-    path: Path
-    host: str  # "" = all addresses
-    port: int
-    url: str  # without a slash at the end
-    database: Path
-    timezone: tzinfo
-    keep: int
-    password: str | None
-    public: bool
-    channels: Mapping[str, tuple[str, ...]]  # Apprise URLs by channel name
-    monitors: Mapping[str, Monitor]
-    watchdog: Watchdog | None
-
-    @property
-    def prefix(self) -> str:
-        """The path under which a reverse proxy shows Larm, "" or "/larm"."""
-        return urlsplit(self.url).path
-
-    def ping_url(self, token: str) -> str:
-        return heartbeat_url(self.url, token)
-
-
-def heartbeat_url(url: str, token: str) -> str:
-    return f"{url}/api/heartbeat/{token}"
-
-
-@dataclass(frozen=True)
-class Address:
-    """What a job needs to know of a larm.toml in order to ping."""
-
-    url: str
-    database: Path
-    token: str | None  # None: it is in the database
-
-
-class ConfigError(Exception):
-    """A larm.toml that can't be used; `mistakes` are all of them, a line each."""
-
-    def __init__(self, path: Path, mistakes: Iterable[str], missing: bool = False) -> None:
-        self.mistakes = [f"{path}: {mistake}" for mistake in mistakes]
-        self.missing = missing
-        super().__init__("\n".join(self.mistakes))
-
-
-def show(value: object) -> str:
-    """A value as a message may show it: short, on one line, and never a URL (law 9)."""
-    if isinstance(value, str):
-        if "://" in value:
-            return "a URL"
-        text = json.dumps(value, ensure_ascii=False)
-        return text if len(text) <= 60 else text[:56] + '..."'
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value) if abs(value) < 10**20 else "a very large number"
-    if isinstance(value, float):
-        return repr(value)
-    if isinstance(value, (list, dict)):
-        return "a list" if isinstance(value, list) else "a table"
-    return "a date or time"
-
-
-def is_plain(name: str) -> bool:
-    """Whether a message may show a name as it is: it is no URL, and keeps to its line."""
-    return "://" not in name and name.isprintable()
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """"; did you mean ...?", or what there is to choose from."""
-    names = sorted(name for name in names if is_plain(name))
-    if len(names) > 1_000:  # the search takes its time, and there may be as many mistakes
-        return ""
-    if near := difflib.get_close_matches(name, names, 1, 0.6):
-        return f"; did you mean {near[0]}?"
-    if not names:
-        return "; there is none yet"
-    return f"; there is {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
-
-
-TOP_SETTINGS = ("listen", "url", "database", "keep", "password", "public")
-
-
-class Table:
-    """A TOML table while it is read: every mistake in it is noted, none stops the reading."""
-
-    def __init__(self, path: str, values: object, mistakes: list[str]) -> None:
-        self._path = path
-        self._mistakes = mistakes
-        self._known: list[str] = []
-        self.values: dict[str, object] = {}
-        if isinstance(values, dict):
-            self.values = values
-        else:
-            mistakes.append(f"{path}: found {show(values)}; it must be a table, [{path}]")
-
-    def mistake(self, name: str, message: object) -> None:
-        name = name if is_plain(name) else show(name)
-        self._mistakes.append(f"{self._path}.{name}: {message}".lstrip("."))
-
-    def take(self, name: str, convert: Callable[[object], T], default: D) -> T | D:
-        """The setting's converted value, or the default where it is not set or is a mistake."""
-        self._known.append(name)
-        if name not in self.values:
-            return default
-        try:
-            return convert(self.values[name])
-        except ValueError as error:  # one mistake an argument
-            for message in error.args:
-                self.mistake(name, message)
-            return default
-
-    def refuse_others(self, reserved: Mapping[str, str]) -> None:
-        """Note every setting that was not taken; `reserved` says why for some."""
-        for name in self.values:
-            if name in reserved:
-                self.mistake(name, reserved[name])
-            elif self._path and name in TOP_SETTINGS and name not in self._known:
-                self.mistake(name, "belongs at the top of the file, above the first [table]")
-            elif name not in self._known:
-                self.mistake(name, f"no such setting{nearest(name, self._known)}")
-
-
-def _boolean(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"found {show(value)}; it is true or false")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"found {show(value)}; it must be text in quotes")
-    return value
-
-
-def _name(value: object) -> str:
-    if not _text(value).strip() or not _text(value).isprintable():
-        raise ValueError(f"found {show(value)}; it must be text on one line, or left out")
-    return _text(value)
-
-
-def _names(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        hint = f"[{show(value)}]" if isinstance(value, str) and "://" not in value else '["a", "b"]'
-        raise ValueError(f"found {show(value)}; it must be a list of names, such as {hint}")
-    return tuple(dict.fromkeys(value))
-
-
-def _duration(shortest: int, longest: int = LONGEST) -> Callable[[object], int]:
-    def convert(value: object) -> int:
-        ms = parse_duration(value)
-        if not shortest <= ms <= longest:
-            span = f"{format_duration(shortest) if shortest else 0} to {format_duration(longest)}"
-            raise ValueError(f"{show(value)} is out of range: {span} is allowed")
-        return ms
-
-    return convert
-
-
-def _zone(value: object) -> zoneinfo.ZoneInfo:
-    name = _text(value)
-    try:
-        return zoneinfo.ZoneInfo(name)
-    except (OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
-        zones = zoneinfo.available_timezones()
-        if not zones:
-            message = "no time zones are installed here: install tzdata (apt-get or pip install)"
-            raise ValueError(message) from None
-        near = difflib.get_close_matches(name, zones, 1, 0.6)
-        hint = f"; did you mean {near[0]}?" if near else ', such as "Europe/Stockholm" or "UTC"'
-        raise ValueError(f"{show(name)} is not a time zone{hint}") from None
-
-
-def _address(value: object) -> tuple[str, int]:
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:\s/]*)):(\d{1,5})", _text(value))
-    if not match or not 1 <= int(match[3]) <= 65535:
-        raise ValueError(
-            f'{show(value)} is not an address: write "127.0.0.1:5276", "[::1]:5276", '
-            'or ":5276" for all addresses; the port is 1 to 65535'
-        )
-    return match[1] or match[2] or "", int(match[3])
-
-
-def _public_url(value: object) -> str:
-    text = _text(value)
-    try:
-        parts = urlsplit(text)
-        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
-    except ValueError:
-        valid = False
-    plain = valid and re.fullmatch(r"[A-Za-z0-9._~/-]*", parts.path)
-    if not plain or parts.query or parts.fragment or parts.username:
-        example = '"http://nas.lan:5276" or "https://home.example/larm"'
-        raise ValueError(f"found {show(value)}; it must look like {example}")
-    return text.rstrip("/")
-
-
-def default_url(host: str, port: int) -> str:
-    """The url of a Larm that listens there."""
-    name = socket.gethostname() if host in ("", "0.0.0.0", "::") else host
-    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
-
-
-def _substitute(text: str, environ: Mapping[str, str]) -> str:
-    """`text` with each ${NAME} replaced from the environment."""
-    mistakes = []
-    for name in dict.fromkeys(_VARIABLE.findall(text)):
-        try:
-            environ[name]
-        except KeyError:
-            mistakes.append(f"${{{name}}} is not set in the environment of this process")
-    if mistakes:
-        raise ValueError(*mistakes)
-    return _VARIABLE.sub(lambda match: environ[match[1]], text)
-
-
-def _named_zone(value: object) -> tuple[tzinfo, str | None]:
-    return _zone(value), _text(value)
-
-
-def _schedule(zone: tzinfo, zone_name: str | None) -> Callable[[object], Schedule]:
-    def convert(value: object) -> Schedule:
-        expression = _text(value).strip()
-        fields = "minute hour day month weekday"
-        if expression.lower() not in _SCHEDULE_NAMES and len(expression.split()) != 5:
-            raise ValueError(f'{show(value)} is not a schedule: write five fields, "{fields}"')
-        try:
-            schedule = Schedule(expression, zone, zone_name)
-            occurs = schedule.shortest_gap > 0
-        except ImportError:
-            raise ValueError("needs the package cronsim: pip install cronsim") from None
-        except Exception as error:  # cronsim's own error class is not importable without it
-            raise ValueError(f"{show(value)} is not a schedule: {error} ({fields})") from None
-        if not occurs:
-            raise ValueError(f"{show(value)} never occurs; correct its day or month")
-        return schedule
-
-    return convert
-
-
-Accepts = Callable[[str], str | None]
-"""What is wrong with an Apprise URL, in words that don't show it; None where it is fine."""
-
-
-class _Loader:
-    """Turns one parsed larm.toml into a Config, collecting its mistakes."""
-
-    def __init__(self, path: Path, environ: Mapping[str, str], accepts: Accepts) -> None:
-        self._path = path
-        self._environ = environ
-        self._accepts = accepts
-        self.mistakes: list[str] = []
-
-    def config(self, values: dict[str, object]) -> Config:
-        top = Table("", values, self.mistakes)
-        zone = top.take("timezone", _named_zone, None)
-        host, port, url, database = self._place(top)
-        channels = self._channels(top.take("channels", self._table("channels"), None))
-        defaults = top.take("defaults", self._table("defaults"), None)
-        monitors = top.take("monitors", self._table("monitors"), None)
-        watchdog = top.take("watchdog", self._table("watchdog"), None)
-        config = Config(
-            path=self._path,
-            host=host,
-            port=port,
-            url=url,
-            database=database,
-            timezone=zone[0] if zone else system_zone(),
-            keep=top.take("keep", _duration(SECOND, 3660 * DAY), 90 * DAY),
-            password=top.take("password", self._secret, None),
-            public=top.take("public", _boolean, False),
-            channels=channels,
-            monitors=self._monitors(monitors, defaults, channels, zone),
-            watchdog=self._watchdog(watchdog) if watchdog else None,
-        )
-        top.refuse_others({})
-        return config
-
-    def address(self, values: dict[str, object], key: str) -> Address:
-        top = Table("", values, self.mistakes)
-        _, _, url, database = self._place(top)
-        monitors = top.take("monitors", self._table("monitors"), None)
-        found = monitors.values if monitors else {}
-        if key not in found:
-            self.mistakes.append(f"no monitor {show(key)}{nearest(key, found)}")
-        own = Table(f"monitors.{key}", found.get(key, {}), self.mistakes)
-        return Address(url, database, own.take("token", self._token, None))
-
-    def _place(self, top: Table) -> tuple[str, int, str, Path]:
-        """host, port, url and database"""
-        host, port = top.take("listen", _address, ("127.0.0.1", 5276))
-        url = top.take("url", _public_url, default_url(host, port))
-        return host, port, url, self._path.parent / top.take("database", _name, "larm.db")
-
-    def _table(self, path: str) -> Callable[[object], Table]:
-        return lambda value: Table(path, value, self.mistakes)
-
-    def _secret(self, value: object) -> str:
-        if not isinstance(value, str) or not value:
-            raise ValueError("it must be text in quotes, and not empty")
-        return _substitute(value, self._environ)
-
-    def _token(self, value: object) -> str:
-        token = self._secret(value)
-        if not TOKEN.fullmatch(token):
-            found = f"found {len(token)} characters"
-            raise ValueError(f"a token is 16 to 128 of A-Z a-z 0-9 _ - ({found}; try a UUID)")
-        return token
-
-    def _channels(self, table: Table | None) -> dict[str, tuple[str, ...]]:
-        def urls(value: object) -> tuple[str, ...]:
-            texts = value if isinstance(value, list) else [value]
-            if not texts:
-                raise ValueError("is an empty list; give it an Apprise URL or remove it")
-            resolved, mistakes = [], []
-            for number, text in enumerate(texts, 1):
-                which = f"URL {number}: " if len(texts) > 1 else ""
-                try:
-                    resolved.append(self._secret(text))
-                except ValueError as error:
-                    mistakes += [f"{which}{message}" for message in error.args]
-                else:
-                    if problem := self._accepts(resolved[-1]):
-                        wiki = "https://github.com/caronc/apprise/wiki"
-                        mistakes.append(f"{which}{problem} ({wiki})")
-            if mistakes:
-                raise ValueError(*mistakes)
-            return tuple(resolved)
-
-        return {name: table.take(name, urls, ()) for name in table.values} if table else {}
-
-    def _monitors(
-        self,
-        table: Table | None,
-        defaults: Table | None,
-        channels: Mapping[str, object],
-        zone: tuple[tzinfo, str | None] | None,
-    ) -> dict[str, Monitor]:
-        found = table.values if table else {}
-        inherited: dict[str, object] = {} if zone is None else {"timezone": zone}
-        if defaults is not None:
-            self._monitor("", defaults, inherited, channels, found)
-        if not found:
-            self.mistakes.append('no monitors: add one, such as [monitors.backup] interval = "1d"')
-        monitors: dict[str, Monitor] = {}
-        for key, values in found.items():
-            if not _KEY.fullmatch(key):
-                near = re.sub(r"[^a-z0-9_-]+", "-", key.lower()).strip("-")[:64]
-                hint = f"; try {near}" if near and is_plain(key) else ""
-                self.mistakes.append(f"monitors.{show(key)}: a key is 1 to 64 of a-z 0-9 - _{hint}")
-                continue
-            own = Table(f"monitors.{key}", values, self.mistakes)
-            monitors[key] = self._monitor(key, own, inherited, channels, found)
-        self._refuse_shared_tokens(monitors.values())
-        self._refuse_cycles(monitors)
-        return monitors
-
-    def _monitor(
-        self,
-        key: str,
-        own: Table,
-        inherited: dict[str, object],
-        channels: Mapping[str, object],
-        keys: Mapping[str, object],
-    ) -> Monitor:
-        """One [monitors.key] table, or, where key is "", the [defaults], which then inherited gets.
-
-        `inherited`: the converted values of what [defaults] sets.
-        """
-
-        def take(name: str, convert: Callable[[object], T], default: D) -> T | D:
-            value = own.take(name, convert, cast(D, inherited.get(name, default)))
-            if not key and name in own.values:
-                inherited[name] = value
-            return value
-
-        def known(names: Iterable[str], what: str) -> Callable[[object], tuple[str, ...]]:
-            def convert(value: object) -> tuple[str, ...]:
-                unknown = [name for name in _names(value) if name not in names]
-                if unknown:
-                    raise ValueError(
-                        *(f"{show(name)} is not a {what}{nearest(name, names)}" for name in unknown)
-                    )
-                return _names(value)
-
-            return convert
-
-        zone = take("timezone", _named_zone, (system_zone(), None))
-        interval = schedule = None
-        if key:
-            interval = own.take("interval", _duration(SECOND), None)
-            schedule = own.take("schedule", _schedule(*zone), None)
-            given = [name for name in ("interval", "schedule") if name in own.values]
-            if len(given) == 2:
-                own.mistake("interval", "set either interval or schedule (both were found)")
-            elif not given and not difflib.get_close_matches("interval", own.values, 1, 0.7):
-                own.mistake("interval", "set either interval or schedule (neither was found)")
-        gap = schedule.shortest_gap if schedule else interval or DAY
-        depends_on = take("depends_on", known(keys, "monitor"), ())
-        if "depends_on" not in own.values:  # everything may depend on the router but itself
-            depends_on = tuple(parent for parent in depends_on if parent != key)
-        monitor = Monitor(
-            key=key,
-            name=own.take("name", _name, key) if key else key,
-            interval=gap,
-            schedule=schedule,
-            grace=take("grace", _duration(0), min(gap // 10, HOUR)),
-            token=own.take("token", self._token, None) if key else None,
-            notify=take("notify", known(channels, "channel"), tuple(channels)),
-            remind=take("remind", _duration(SECOND), None),
-            max_runtime=take("max_runtime", _duration(SECOND), None),
-            depends_on=depends_on,
-            enabled=take("enabled", _boolean, True),
-            note=take("note", _text, ""),
-        )
-        single = "can't be a default: set it in each monitor"
-        only_own = dict.fromkeys(("name", "token", "interval", "schedule"), single)
-        own.refuse_others({} if key else only_own)
-        return monitor
-
-    def _watchdog(self, table: Table) -> Watchdog:
-        def address(value: object) -> str:
-            url = self._secret(value)
-            if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", url):
-                raise ValueError("it must be an http:// or https:// URL")
-            return url
-
-        ping = table.take("ping", address, "")
-        if "ping" not in table.values:
-            table.mistake("ping", "is missing: the URL to ping")
-        interval = table.take("interval", _duration(SECOND), MINUTE)
-        table.refuse_others({})
-        return Watchdog(ping, interval)
-
-    def _refuse_shared_tokens(self, monitors: Iterable[Monitor]) -> None:
-        owners: dict[str, str] = {}
-        for monitor in monitors:
-            if monitor.token in owners:
-                self.mistakes.append(
-                    f"monitors.{monitor.key}.token: is monitors.{owners[monitor.token]}.token, "
-                    "too; each monitor needs its own"
-                )
-            elif monitor.token:
-                owners[monitor.token] = monitor.key
-
-    def _refuse_cycles(self, monitors: Mapping[str, Monitor]) -> None:
-        finished: set[str] = set()
-        for start in monitors:
-            trail = [start]
-            branches = [iter(monitors[start].depends_on if start not in finished else ())]
-            while branches:
-                parent = next(branches[-1], None)
-                if parent is None:
-                    finished.add(trail.pop())
-                    branches.pop()
-                elif parent in trail:
-                    cycle = " -> ".join([*trail[trail.index(parent) :], parent])
-                    self.mistakes.append(f"monitors.{trail[-1]}.depends_on: a cycle: {cycle}")
-                elif parent in monitors and parent not in finished:
-                    trail.append(parent)
-                    branches.append(iter(monitors[parent].depends_on))
-
-
-TOML_HINTS = {
-    "Invalid value": "; text needs quotes",
-    "Illegal character '\\n'": "; a quote is not closed",
-    "Expected newline or end": "; text needs quotes",
-    "Cannot overwrite a value": "; a setting stands twice",
-    "Cannot declare": "; a table stands twice",
-    "end of a table declaration": "; an id has no spaces",
-}
-
-
-def load(path: Path, environ: Mapping[str, str], accepts: Accepts | None = None) -> Config:
-    """The Config in a TOML file, or ConfigError with every mistake in it (interface.md).
-
-    `accepts` judges channel URLs: Notifier's accepts(), which costs an import of apprise.
-    """
-    loader = _Loader(path, environ, accepts or (lambda _: None))
-    config = loader.config(read_toml(path))
-    if loader.mistakes:
-        raise ConfigError(path, loader.mistakes)
-    return config
-
-
-def load_address(path: Path, key: str, environ: Mapping[str, str]) -> Address:
-    """Where the job of that monitor pings; raises ConfigError.
-
-    Mistakes elsewhere in the file are no matter: Larm itself goes on with the last good one
-    (law 7), and so must its jobs. Nor is cronsim needed, which another Python may not have.
-    """
-    loader = _Loader(path, environ, lambda _: None)
-    address = loader.address(read_toml(path), key)
-    if loader.mistakes:
-        raise ConfigError(path, loader.mistakes)
-    return address
-
-
-def read_toml(path: Path) -> dict[str, object]:
-    """The values in a TOML file; raises ConfigError."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        return tomllib.loads(text.replace("\r\n", "\n"))
-    except FileNotFoundError:
-        hint = "no such file; name one with -c, or run Larm without -c for a starter"
-        raise ConfigError(path, [hint], missing=True) from None
-    except OSError as error:
-        raise ConfigError(path, [f"can't be read: {error.strerror}"], missing=True) from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError(path, [f"line {line}: is not UTF-8; save it as UTF-8"]) from None
-    except (ValueError, RecursionError) as error:  # tomllib raises more than its own error
-        last = f"at line {text.count(chr(10)) + 1}, the last one"
-        reason = str(error).replace("at end of document", last)
-        hint = next((hint for sign, hint in TOML_HINTS.items() if sign in reason), "")
-        raise ConfigError(path, [f"is not valid TOML: {reason}{hint}"]) from None
-
-
-def warn_of(config: Config) -> None:
-    """Log what a valid configuration may not do as its author expects."""
-    if not config.channels:
-        log.warning("no channels are configured: nobody will be alerted")
+            return received_at + self.interval
+        early = min(self.grace, self.interval // 10)
+        return self.schedule.next_after(received_at + early)[0]
 
 
 def ancestors(monitors: Mapping[str, Monitor], key: str) -> set[str]:
@@ -874,131 +374,725 @@ def ancestors(monitors: Mapping[str, Monitor], key: str) -> set[str]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Watchdog:
+    """Another watcher that Larm itself pings."""
+
+    ping: str = field(repr=False)
+    interval: int
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A valid larm.toml."""
+
+    path: Path
+    listen: tuple[str, int]  # host and port; "" = all addresses
+    url: str  # without a slash at the end
+    database: Path
+    timezone: tzinfo
+    keep: int
+    password: str | None = field(repr=False)
+    public: bool
+    embed: tuple[str, ...]
+    proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+    channels: Mapping[str, tuple[str, ...]] = field(repr=False)  # Apprise URLs by channel name
+    monitors: Mapping[str, Monitor]
+    watchdog: Watchdog | None
+    zone_trouble: str | None  # why the timezone is UTC where it should be another
+
+    @property
+    def prefix(self) -> str:
+        """The path under which a reverse proxy shows Larm, "" or "/larm"."""
+        return urlsplit(self.url).path
+
+    def ping_url(self, token: str) -> str:
+        return f"{self.url}/api/heartbeat/{token}"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """What a job needs to know of a larm.toml in order to ping."""
+
+    url: str
+    database: Path
+    token: str | None = field(repr=False)  # None: it is in the database
+
+
+class ConfigError(Exception):
+    """A larm.toml that can't be used; `mistakes` are all of them, a line each."""
+
+    def __init__(self, path: Path, mistakes: Iterable[str], missing: bool = False) -> None:
+        self.mistakes = [f"{path}: {mistake}" for mistake in mistakes]
+        self.missing = missing
+        super().__init__("\n".join(self.mistakes))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ "; did you mean ...?", or what there is to choose from."""
+    shown = sorted(show(one).strip('"') for one in names)
+    if near := difflib.get_close_matches(name, shown, 1, 0.6):
+        return f"; did you mean {near[0]}?"
+    listed = ", ".join(shown[:12]) or "none yet"
+    return f"; there is {listed}{', ...' if len(shown) > 12 else ''}"
+
+
+# A converter takes what stands in the file and returns what Larm goes by; it raises ValueError
+# with a mistake an argument, none of which may show a secret.
+
+
+def _typed(kind: type, value: object) -> Any:
+    if not isinstance(value, kind):
+        named = {str: "text in quotes", bool: "true or false", list: "a [list]", dict: "a table"}
+        raise ValueError(f"found {show(value)}; it must be {named[kind]}")
+    return value
+
+
+def _parsed(parse: Callable[[str], Any], example: str, value: object) -> Any:
+    """What a text means; `parse` raises ValueError where it means nothing."""
+    try:
+        return parse(_typed(str, value))
+    except ValueError:
+        raise ValueError(f"found {show(value)}; write {example}") from None
+
+
+def _list(convert: Callable[[Any], Any], value: object) -> tuple[Any, ...]:
+    """What each entry is converted to, each once; raises ValueError with all mistakes."""
+    found, mistakes = [], []
+    for number, entry in enumerate(_typed(list, value), 1):
+        try:
+            found.append(convert(entry))
+        except ValueError as error:
+            mistakes += [f"entry {number}: {message}" for message in error.args]
+    if mistakes:
+        raise ValueError(*mistakes)
+    return tuple(dict.fromkeys(found))
+
+
+def _one_of(names: Collection[str], what: str, name: object) -> str:
+    if _typed(str, name) not in names:
+        raise ValueError(f"{show(name)} is not a {what}{nearest(str(name), names)}")
+    return str(name)
+
+
+def _duration(value: object, shortest: int = SECOND, longest: int = LONGEST) -> int:
+    ms = parse_duration(value)
+    if not shortest <= ms <= longest:
+        span = f"{format_duration(shortest) if shortest else 0} to {format_duration(longest)}"
+        raise ValueError(f"{show(value)} is out of range: {span} is allowed")
+    return ms
+
+
+def _schedule(value: object) -> Schedule:
+    """In UTC as yet: the timezone may stand below it."""
+    text: str = _typed(str, value).strip()
+    names = {
+        "@hourly": "0 * * * *",
+        "@daily": "0 0 * * *",
+        "@midnight": "0 0 * * *",
+        "@weekly": "0 0 * * 0",
+        "@monthly": "0 0 1 * *",
+        "@yearly": "0 0 1 1 *",
+        "@annually": "0 0 1 1 *",
+    }
+    expression, fields = names.get(text.lower(), text), "minute hour day month weekday"
+    if len(expression.split()) != 5:
+        hint = nearest(text, names) if text.startswith("@") else ""
+        raise ValueError(f'{show(value)} is not a schedule: write five fields, "{fields}"{hint}')
+    schedule = Schedule(expression, UTC)
+    try:
+        _ = schedule.shortest_gap  # which looks at all of it
+    except ImportError:
+        venv = "python3 -m venv --system-site-packages .venv && .venv/bin/pip install cronsim"
+        how = f"pip install cronsim; or, where pip may not, {venv} and .venv/bin/python larm.py"
+        raise ValueError(f"needs the package cronsim: {how}") from None
+    except Exception as error:  # cronsim's own error class is not importable without it
+        raise ValueError(f"{show(value)} is not a schedule: {error} ({fields})") from None
+    return schedule
+
+
+def _hours(text: str) -> tuple[int, int]:
+    """Of "22:00-07:00", in milliseconds after midnight; raises ValueError."""
+    begin, end = (
+        at.tm_hour * HOUR + at.tm_min * MINUTE
+        for at in [time.strptime(part.strip(), "%H:%M") for part in text.split("-")]
+    )
+    if begin == end:
+        raise ValueError
+    return begin, end
+
+
+def _address(text: str) -> tuple[str, int]:
+    parts = urlsplit(f"//{text}")
+    if not parts.port or "/" in text or "@" in text:
+        raise ValueError
+    host = parts.hostname or ""
+    return "" if host in ("*", "0.0.0.0", "::") else host, parts.port
+
+
+def _url(path: str, text: str) -> str:
+    """Without a slash at the end; `path`: the expression that its path must match."""
+    host = r"([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?"
+    if not re.fullmatch(rf"https?://{host}{path}", text, re.ASCII):
+        raise ValueError
+    return text.rstrip("/")
+
+
+def default_url(host: str, port: int) -> str:
+    """The url of a Larm that listens there."""
+    name = host or socket.gethostname()
+    return f"http://{f'[{name}]' if ':' in name else name}:{port}"
+
+
+Settings = dict[str, tuple[Callable[[Any], Any], Any]]  # name -> (converter, default)
+
+
+class _Reader:
+    """Turns the values of a larm.toml into a Config, collecting its mistakes."""
+
+    def __init__(
+        self, path: Path, environ: Mapping[str, str], accepts: Callable[[str], str | None]
+    ) -> None:
+        self._path = path
+        self._environ = environ
+        self._accepts = accepts
+        self.mistakes: list[str] = []
+        table: tuple[Callable[[Any], Any], Any] = (partial(_typed, dict), {})
+        listen = '"127.0.0.1:5276", "[::1]:5276", or ":5276" for all addresses'
+        url = '"http://nas.lan:5276" or "https://home.example/larm"'
+        origin = partial(_parsed, partial(_url, "/?"), '"https://home.lan", without a path')
+        network = partial(_parsed, ipaddress.ip_network, '"10.0.0.2" or "10.0.0.0/8"')
+        loopback = (ipaddress.ip_network("127.0.0.1"), ipaddress.ip_network("::1"))
+        self._top: Settings = {
+            "listen": (partial(_parsed, _address, listen), ("127.0.0.1", 5276)),
+            "url": (partial(_parsed, partial(_url, r"(/[\w.~/-]*)?"), url), None),
+            "database": (partial(_typed, str), "larm.db"),
+            "timezone": (parse_zone, None),
+            "keep": (partial(_duration, longest=3660 * DAY), 90 * DAY),
+            "password": (self._secret, None),
+            "public": (partial(_typed, bool), False),
+            "embed": (partial(_list, origin), ()),
+            "proxies": (partial(_list, network), loopback),
+            "channels": table,
+            "defaults": table,
+            "monitors": table,
+            "watchdog": table,
+        }
+
+    def config(self, values: dict[str, Any]) -> Config:
+        """Raises ConfigError with every mistake."""
+        top = self._read("", values, self._top)
+        zone, trouble = (top["timezone"], None) if top["timezone"] else system_zone()
+        urls: Settings = dict.fromkeys(top["channels"], (self._urls, ()))
+        channels = self._read("channels", top["channels"], urls)
+        ping = partial(self._fitting, r"https?://[^\s/]+(/\S*)?", "an http:// or https:// URL")
+        pinged: Settings = {"ping": (ping, None), "interval": (_duration, MINUTE)}
+        watchdog = self._read("watchdog", top["watchdog"], pinged)
+        if "watchdog" in values and "ping" not in top["watchdog"]:
+            self.mistakes.append("watchdog.ping: is missing: the URL to ping")
+        if not top["monitors"]:
+            self.mistakes.append('no monitors: add one, such as [monitors.backup] interval = "1d"')
+        found = {
+            "path": self._path,
+            "url": top["url"] or default_url(*top["listen"]),
+            "database": self._path.parent / top["database"],
+            "timezone": zone,
+            "channels": channels,
+            "monitors": self._monitors(top, channels, zone),
+            "watchdog": Watchdog(**watchdog) if top["watchdog"] else None,
+            "zone_trouble": trouble,
+        }
+        if self.mistakes:
+            raise ConfigError(self._path, self.mistakes)
+        del top["defaults"]
+        return Config(**top | found)
+
+    def _read(self, path: str, table: dict[str, Any], settings: Settings) -> dict[str, Any]:
+        """Each setting's converted value; its default where it is not set, or is a mistake."""
+        values = {name: default for name, (_, default) in settings.items()}
+        for name, value in table.items():
+            try:
+                if name not in settings:
+                    raise ValueError(self._unknown(path, name, value, settings))
+                values[name] = settings[name][0](value)
+            except ValueError as error:
+                setting = f"{path}.{show(name)}".lstrip(".").replace('"', "")
+                self.mistakes += [f"{setting}: {message}" for message in error.args]
+        return values
+
+    def _unknown(self, path: str, name: str, value: object, settings: Settings) -> str:
+        """What is wrong with a setting that there is not."""
+        if path and name in self._top:
+            return "belongs at the top of the file, above the first [table]"
+        hint = nearest(name, settings)
+        if isinstance(value, dict) and "did you mean" not in hint:  # [backup], [monitors.a.b]
+            key = "-".join([*path.split(".")[1:], show(name).strip('"')])
+            hint = f"; a monitor is a table such as [monitors.{key}]"
+        return f"no such setting{hint}"
+
+    def _secret(self, value: object, in_url: bool = False) -> str:
+        """Text that no message may show, with each ${NAME} from the environment and each
+        ${file:PATH} from that file. In a URL what stands for a part of it is percent-encoded, so
+        that a password may hold any character.
+        """
+        if not isinstance(value, str) or not value:
+            raise ValueError("it must be text in quotes, and not empty")
+        reference = re.compile(r"\$\{(?:file:([^{}\n]+)\}|([A-Za-z_][A-Za-z0-9_]*)\})?")
+        encode = in_url and not reference.fullmatch(value)
+        mistakes: list[str] = []
+
+        def resolve(match: re.Match[str]) -> str:
+            file, name = match.groups()
+            found, encoded, wrong = "", "", "is empty"
+            try:
+                if file:
+                    found = (self._path.parent / file).read_text("utf-8").removesuffix("\n")
+                elif name:
+                    found = self._environ[name]
+                else:
+                    wrong = "begins neither ${NAME} nor ${file:/run/secrets/name}"
+                encoded = quote(found, safe="")
+            except KeyError:
+                wrong = "is not set in the environment of this process"
+            except OSError as error:
+                wrong = f"can't be read: {error.strerror}"
+            except ValueError:
+                wrong = "is not UTF-8 text"
+            if not encoded:
+                mistakes.append(f"{match[0]} {wrong}")
+            return encoded if encode else found
+
+        filled = reference.sub(resolve, value)
+        if mistakes:
+            raise ValueError(*dict.fromkeys(mistakes))
+        return filled
+
+    def _fitting(self, pattern: str, allowed: str, value: object) -> str:
+        secret = self._secret(value)
+        if not re.fullmatch(pattern, secret):
+            raise ValueError(f"found {counted(len(secret), 'character')}; it must be {allowed}")
+        return secret
+
+    def _urls(self, value: object) -> tuple[str, ...]:
+        """A channel's: one, or a list of them."""
+
+        def url(text: object) -> str:
+            filled = self._secret(text, in_url=True)
+            if problem := self._accepts(filled):
+                raise ValueError(f"{problem} (https://github.com/caronc/apprise/wiki)")
+            return filled
+
+        return _list(url, value) if isinstance(value, list) and value else (url(value),)
+
+    def _monitors(
+        self, top: dict[str, Any], channels: Collection[str], zone: tzinfo
+    ) -> dict[str, Monitor]:
+        found = top["monitors"]
+        token = partial(self._fitting, "[A-Za-z0-9_-]{10,128}", "10 to 128 of A-Z a-z 0-9 _ -")
+        single: Settings = {  # of a monitor, and not of [defaults]
+            "name": (partial(_typed, str), ""),
+            "interval": (_duration, DAY),  # only to go on: one must be set
+            "schedule": (_schedule, None),
+            "token": (token, None),
+        }
+        quiet = partial(_parsed, _hours, '"22:00-07:00"')
+        shared: Settings = {
+            "timezone": (parse_zone, top["timezone"]),
+            "grace": (partial(_duration, shortest=0), None),
+            "notify": (partial(_list, partial(_one_of, channels, "channel")), tuple(channels)),
+            "remind": (_duration, None),
+            "max_runtime": (_duration, None),
+            "depends_on": (partial(_list, partial(_one_of, found, "monitor")), ()),
+            "enabled": (partial(_typed, bool), True),
+            "note": (partial(_typed, str), ""),
+            "quiet": (partial(_list, quiet), ()),
+        }
+        inherited = self._read("defaults", top["defaults"], shared)
+        single |= {name: (shared[name][0], value) for name, value in inherited.items()}
+        monitors: dict[str, Monitor] = {}
+        owners: dict[str, str] = {}  # by token
+        for key, own in found.items():
+            path = "monitors." + show(key).strip('"')
+            if not re.fullmatch("[a-z0-9_-]{1,64}", key):
+                self.mistakes.append(f"{path}: a key is 1 to 64 of a-z 0-9 - _")
+            elif not isinstance(own, dict):
+                self.mistakes.append(f"{path}: found {show(own)}; it must be a table, [{path}]")
+            else:
+                one = monitors[key] = self._monitor(key, own, self._read(path, own, single), zone)
+                if one.token and (owner := owners.setdefault(one.token, key)) != key:
+                    mistake = f"is monitors.{owner}.token, too; each monitor needs its own"
+                    self.mistakes.append(f"{path}.token: {mistake}")
+        for key in monitors if len(monitors) == len(found) else ():  # else a parent may be missing
+            if key in ancestors(monitors, key):
+                self.mistakes.append(f"monitors.{key}.depends_on: a cycle: it leads back to {key}")
+        return monitors
+
+    def _monitor(
+        self, key: str, own: dict[str, Any], values: dict[str, Any], zone: tzinfo
+    ) -> Monitor:
+        """A monitor of its converted settings; `own`: those that stand in its own table."""
+        if ("interval" in own) == ("schedule" in own):
+            found = "both were found" if "interval" in own else "neither was found"
+            mistake = f"set either interval or schedule; {found}"
+            self.mistakes.append(f"monitors.{key}.interval: {mistake}")
+        schedule, timezone = values["schedule"], values.pop("timezone")
+        if schedule:
+            values["interval"] = schedule.shortest_gap
+            values["schedule"] = Schedule(
+                schedule.expression, timezone or zone, timezone and str(timezone)
+            )
+        if values["grace"] is None:
+            values["grace"] = min(values["interval"] // 10, HOUR)
+        values["name"] = values["name"] or key
+        if "depends_on" not in own:  # everything may depend on the router but itself
+            values["depends_on"] = tuple(name for name in values["depends_on"] if name != key)
+        return Monitor(key=key, **values)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """The values in a TOML file; raises ConfigError."""
+    try:
+        text = path.read_text("utf-8-sig")
+        return tomllib.loads(text)
+    except OSError as error:
+        reason = f"can't be read: {error.strerror}"
+        if isinstance(error, FileNotFoundError):
+            reason = "no such file; name one with -c, or run Larm without -c for a starter"
+        raise ConfigError(path, [reason], missing=True) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(path, [f"line {line}: is not UTF-8; save it as UTF-8"]) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(path, [_syntax_mistake(str(error), text)]) from None
+
+
+def _syntax_mistake(reason: str, text: str) -> str:
+    """Where a file is no TOML, and what to write instead; without what stands there."""
+    place = re.search(r"\(at line (\d+)", reason)
+    end = text.rindex("'") if 'Expected "\'"' in reason else len(text.rstrip())
+    number = int(place[1]) if place else text[:end].count("\n") + 1
+    line = text.split("\n")[number - 1]
+    found = re.sub(r" \(.*?\)", "", re.sub("'.{5,}'", "", reason))
+    for sign, in_line, advice in (
+        ("Invalid value", r"=\s*(true|false|yes|no|on|off)\b", "write true or false"),
+        ("Expected newline", r",\s*(#.*)?$", "take away the comma at the end of the line"),
+        ("Expected newline", r"=.*?\s[a-z_]+\s*=", "write each setting on a line of its own"),
+        ("Expected newline|Invalid value", "", 'text needs quotes, as in name = "..."'),
+        (r"'\\n'|Expected \"'|Unterminated", "", 'a quote is not closed: write name = "..."'),
+        ("Cannot|Duplicate", "", "it stands twice: take one away"),
+    ):
+        if re.search(sign, reason) and re.search(in_line, line, re.IGNORECASE):
+            found = advice
+            break
+    return f"line {number}: is not valid TOML: {found}"
+
+
+def load(
+    path: Path, environ: Mapping[str, str], accepts: Callable[[str], str | None] | None = None
+) -> Config:
+    """The Config in a TOML file, or ConfigError with every mistake in it (interface.md).
+
+    `accepts` judges channel URLs: Notifier's accepts(), which costs an import of apprise. It says
+    what is wrong with one, in words that don't show it; None where it is fine.
+    """
+    return _Reader(path, environ, accepts or (lambda _: None)).config(_read_toml(path))
+
+
+def load_address(path: Path, key: str, environ: Mapping[str, str]) -> Address:
+    """Where the job of that monitor pings; raises ConfigError.
+
+    Mistakes elsewhere in the file are no matter: Larm itself goes on with the last good one
+    (law 7), and so must its jobs. Nor is cronsim needed, which another Python may not have.
+    """
+    whole = _read_toml(path)
+    known = whole.get("monitors")
+    known = known if isinstance(known, dict) else {}
+    if not isinstance(own := known.get(key), dict):
+        raise ConfigError(path, [f"no monitor {show(key)}{nearest(key, known)}"])
+    monitor = {"interval": 1} | {name: own[name] for name in ("token",) if name in own}
+    needed = {"timezone": "UTC", "monitors": {key: monitor}}
+    needed |= {name: whole[name] for name in ("listen", "url", "database") if name in whole}
+    config = _Reader(path, environ, lambda _: None).config(needed)
+    return Address(config.url, config.database, config.monitors[key].token)
+
+
+def warn_of(config: Config) -> None:
+    """Log what a valid configuration may not do as its author expects."""
+    if not config.channels:
+        log.warning("no channels are configured: nobody will be alerted")
+    if config.zone_trouble:
+        log.warning("%s", config.zone_trouble)
+
+
 # ======================================================================================
-# Store: the SQLite database. All SQL stands here; one thread writes, in group commits.
+# Job wrapper: runs a command as if it stood alone, and reports on it. Needs no package.
+# ======================================================================================
+
+BODY_KEPT = 10_000  # bytes of a ping's body, its last ones
+TRY_WITHIN = 10  # seconds that Larm has to answer a ping; the longest Retry-After that is heeded
+TRY_AGAIN_AFTER = (1, 5)  # seconds
+REPORT_WITHIN = 75  # seconds after the job's end; three tries of two pings that all hang take 72
+HURRY = 2  # seconds left once a signal says, after the job's end, that run shall end, too
+SILENCE = 1  # second without output, after the job's end, in which its children are given up
+CHATTER = 5  # seconds after the job's end in which they are given up even if they print on
+BY_SHELL = ["/bin/sh", "-c", 'exec "$0" "$@"']  # runs what follows; a script without #!, too
+
+
+class Unreported(Exception):
+    """Why Larm could not be told; shows neither URL nor token (law 9)."""
+
+
+def say(text: str) -> bytes:
+    """Write a line on stderr, which may be closed or on a full disk; returns that line."""
+    line = f"larm.py run: {text}\n".encode(errors="replace")
+    with contextlib.suppress(OSError):
+        os.write(2, line)
+    return line
+
+
+def send_ping(url: str, body: bytes) -> str | None:
+    """Post to a ping URL, three times if need be; why it failed, or None if it arrived."""
+    opener = urllib.request.OpenerDirector()  # follows no redirect, which would lose the body
+    opener.add_handler(urllib.request.ProxyHandler())
+    opener.add_handler(urllib.request.HTTPHandler())
+    if url.lower().startswith("https:"):  # otherwise not, for it loads all the certificates
+        opener.add_handler(urllib.request.HTTPSHandler())
+    headers = {"User-Agent": f"larm.py run/{__version__}", "Content-Type": "text/plain"}
+    for pause in (*TRY_AGAIN_AFTER, 0):
+        try:
+            request = urllib.request.Request(url, body, headers)
+            with opener.open(request, timeout=TRY_WITHIN) as answer:
+                if 200 <= answer.status < 300:
+                    return None
+                reason = f"HTTP status {answer.status}"
+                asked = answer.headers.get("Retry-After", "")
+                pause = min(int(asked), TRY_WITHIN) if pause and asked.isdecimal() else pause
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            cause = error.reason if isinstance(error, urllib.error.URLError) else error
+            reason = getattr(cause, "strerror", None) or type(error).__name__  # never shows the URL
+            if isinstance(cause, TimeoutError):
+                reason = f"no answer within {TRY_WITHIN} s"
+        time.sleep(pause)
+    return reason
+
+
+class Output:
+    """What a job prints, on its way through to our own streams 1 and 2.
+
+    A terminal is replaced by another one, of the same size and settings, so that a job shows its
+    progress as ever. The bytes pass the new one unchanged; the old one does what terminals do.
+    """
+
+    def __init__(self) -> None:
+        self.kept = b""  # its last BODY_KEPT bytes
+        self.lost: OSError | None = None  # why some could not be passed on
+        self.job_ended = False
+        ours, theirs = self._open(1)
+        self.streams = {1: theirs, 2: theirs}  # what the job writes to in place of ours
+        self._sinks = {ours: 1}  # what we read from, and which of ours it is for
+        # The same file is one pipe, which keeps the order. On macOS all pipes have number 0.
+        if not (os.path.sameopenfile(1, 2) and os.fstat(1).st_ino):
+            ours, self.streams[2] = self._open(2)
+            self._sinks[ours] = 2
+
+    def _open(self, sink: int) -> tuple[int, int]:
+        with contextlib.suppress(OSError, termios.error):  # no terminal left: it gets a pipe
+            if os.isatty(sink):
+                ours, theirs = os.openpty()
+                attributes = termios.tcgetattr(sink)
+                attributes[1] &= ~termios.OPOST  # "\n" becomes "\r\n" once, not twice
+                termios.tcsetattr(theirs, termios.TCSANOW, attributes)
+                termios.tcsetwinsize(theirs, termios.tcgetwinsize(sink))
+                return ours, theirs
+        return os.pipe()
+
+    def resize(self) -> None:
+        """Give the job's terminal our terminal's new size."""
+        for ours, sink in [*self._sinks.items()]:
+            with contextlib.suppress(OSError, termios.error):  # it is none
+                if (size := termios.tcgetwinsize(sink)) != termios.tcgetwinsize(ours):
+                    termios.tcsetwinsize(ours, size)
+                    os.kill(0, signal.SIGWINCH)  # the job had its own before the size was there
+
+    def copy(self) -> None:
+        """Pass on what the job prints, and for a short time after its end what its children do."""
+        passed, waited, end = 0, 0.0, math.inf  # bytes and seconds since its end
+        while self._sinks and waited < CHATTER and (passed < 65_536 or time.monotonic() < end):
+            began = time.monotonic()
+            ready = select.select([*self._sinks], [], [], SILENCE)[0]
+            if self.job_ended and end == math.inf:  # as much as a pipe holds may be its own still
+                end, passed = began + CHATTER, 0
+            elif self.job_ended:
+                waited += time.monotonic() - began if ready else CHATTER
+            for source in ready:
+                passed += self._pass_on(source)
+
+    def _pass_on(self, source: int) -> int:
+        """The number of bytes passed on."""
+        try:
+            data = rest = os.read(source, 65_536)
+        except OSError:  # Linux's way to say that nobody has a terminal's other end any more
+            data = rest = b""
+        self.kept = (self.kept + data)[-BODY_KEPT:]
+        while rest:
+            try:
+                rest = rest[os.write(self._sinks[source], rest) :]
+            except BlockingIOError:  # whoever started us shares a stream that does not block
+                select.select([], [self._sinks[source]], [])
+            except OSError as error:
+                # A reader that has had enough and a terminal that was closed are no failures;
+                # output that is not in its file although the job believes it to be is one.
+                if error.errno != errno.EPIPE and not os.isatty(source):
+                    self.lost = error
+                break
+        if rest or not data:  # the job's next write must fail as it would without us
+            os.close(source)
+            del self._sinks[source]
+        return len(data)
+
+
+class Job:
+    """A command that runs as if it stood alone, and what Larm is told of it.
+
+    Whatever happens comes as a signal, for which the main thread waits: SIGCHLD where the job or
+    a thread of ours has ended, SIGALRM where time is up. All others are for the job.
+    """
+
+    def __init__(self, command: list[str], find_url: Callable[[], str]) -> None:
+        self._command, self._find_url = command, find_url
+        # LARM_URL is ours, and a secret: the job does not have it.
+        self._environ = {name: text for name, text in os.environ.items() if name != "LARM_URL"}
+        own = {signal.SIGCHLD, signal.SIGALRM, signal.SIGWINCH}
+        for number in own:  # ignored, or on macOS without a function, they would not come
+            signal.signal(number, lambda *_: None)
+        others = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+        self._passed_on = {one for one in others if signal.getsignal(one) != signal.SIG_IGN}
+        self._waited = own | self._passed_on
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._waited)
+        self._pid: int | None = None  # while it runs
+        self._code = 0  # its exit status, or minus the signal that killed it
+        self._hurried = False
+        self._result: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
+        self._complaint = "not reported: Larm has not answered in time"
+
+    def run(self) -> int:
+        """Its exit status. Larm delays it by at most REPORT_WITHIN, or HURRY after a signal; a
+        child that outlives the job by SILENCE or CHATTER, and then loses its output's reader.
+        """
+        try:
+            while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
+                pass  # a stream of ours was closed: what is opened next would take its place
+            os.close(spare)
+            self._start()
+        except Exception as error:  # whatever it is, the job comes first: it takes our place
+            say(f"not reported: {getattr(error, 'strerror', None) or error}")
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            with contextlib.suppress(OSError):  # the shell knows what to say, and its exit status
+                os.execvpe(self._command[0], self._command, self._environ)
+            os.execve(BY_SHELL[0], [*BY_SHELL, *self._command], self._environ)
+        return self._follow()
+
+    def _start(self) -> None:
+        """Raises OSError or RuntimeError where no file, thread or process is left to watch it."""
+        self._output = Output()
+        self._copied = self._begin(self._output.copy)
+        self._reported = self._begin(self._report)
+        streams = [(os.POSIX_SPAWN_DUP2, *pair[::-1]) for pair in self._output.streams.items()]
+        for words in (self._command, [*BY_SHELL, *self._command]):
+            try:
+                self._pid = os.posix_spawnp(
+                    words[0], words, self._environ, file_actions=streams, setsigmask=self._mask,
+                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
+                )
+                return
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+                    raise
+                if error.errno != errno.ENOEXEC:  # it is no script without #!
+                    self._code = 127 if error.errno == errno.ENOENT else 126
+                    self._output.kept = say(f"{self._command[0]}: {error.strerror}")
+                    return
+
+    def _follow(self) -> int:
+        self._attend(self._has_ended)
+        self._output.job_ended = True
+        for stream in {*self._output.streams.values()}:  # macOS forgets what was not read before
+            os.close(stream)
+        # A reader may take its time, but where the job was killed, its exit must not wait for it.
+        self._attend(self._copied, math.inf if self._code >= 0 else CHATTER + HURRY)
+        status = self._code if self._code >= 0 else 128 - self._code
+        if error := self._output.lost:
+            self._output.kept += say(f"the job's output could not be written: {error.strerror}")
+            status = status or 1  # the job does not know
+        self._result.put((status, self._output.kept[-BODY_KEPT:]))
+        self._attend(self._reported, REPORT_WITHIN)
+        if self._complaint:
+            say(self._complaint)
+        return status
+
+    def _begin(self, work: Callable[[], None]) -> Callable[[], bool]:
+        """Do it in a thread; the answer tells whether that has ended. Raises RuntimeError."""
+        ended = threading.Event()
+
+        def do() -> None:
+            try:
+                work()
+            finally:
+                ended.set()
+                os.kill(os.getpid(), signal.SIGCHLD)
+
+        threading.Thread(target=do, daemon=True).start()
+        return ended.is_set
+
+    def _report(self) -> None:
+        try:
+            url, rid = self._find_url(), secrets.token_hex(8)
+            start = send_ping(f"{url}/start?rid={rid}", b"")
+            status, output = self._result.get()
+            end = send_ping(f"{url}/{status}?rid={rid}", output)
+            missed = " and ".join(name for name, why in (("start", start), ("end", end)) if why)
+            self._complaint = f"{missed} not reported: {end or start}" if missed else ""
+        except Exception as error:  # whatever it is, the job's result is the job's
+            what = error if isinstance(error, Unreported) else type(error).__name__
+            self._complaint = f"not reported: {what}"
+
+    def _has_ended(self) -> bool:
+        if self._pid and (ended := os.waitpid(self._pid, os.WNOHANG))[0]:
+            self._pid, self._code = None, os.waitstatus_to_exitcode(ended[1])
+        return self._pid is None
+
+    def _attend(self, is_over: Callable[[], bool], within: float = math.inf) -> None:
+        """Heed signals until that is over, or so many seconds are."""
+        end = time.monotonic() + (HURRY if self._hurried else within)
+        while not is_over() and (left := end - time.monotonic()) > 0:
+            signal.setitimer(signal.ITIMER_REAL, min(left, 3600))
+            if hasattr(signal, "sigwaitinfo"):
+                info = signal.sigwaitinfo(self._waited)
+                number, typed = info.si_signo, info.si_code > 0  # by the kernel, not by a process
+            else:  # macOS does not say who sent it
+                number = signal.sigwait(self._waited)
+                typed = os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp()
+            typed = typed and number in (signal.SIGINT, signal.SIGQUIT)  # the job has had it, too
+            if number == signal.SIGWINCH:
+                self._output.resize()
+            elif number in self._passed_on and self._pid is None:
+                self._hurried, end = True, min(end, time.monotonic() + HURRY)
+            elif self._pid and number in self._passed_on and not typed:
+                with contextlib.suppress(OSError):  # it has become another user's
+                    os.kill(self._pid, number)
+
+
+# ======================================================================================
+# Store: the file, its lock, one thread that writes, and readers. Knows no table but `clock`.
 # ======================================================================================
 
 APPLICATION_ID = 0x4C41524D  # "LARM", so that another program's database is recognised
-NEWEST_KEPT = 1_000  # heartbeats of one monitor
-BODIES_KEPT = 100  # of these
-OPEN_RUNS = 100  # of one monitor
-BATCH = 500  # writes in one commit, rows in one round of pruning or of deadlines
-_ANSWER_WITHIN = 30.0  # seconds that a caller waits for its commit
-
-MIGRATIONS = [
-    """
-    CREATE TABLE clock (
-        alive_at INTEGER NOT NULL,
-        ballast BLOB                      -- what the writer tries to write while the disk is full
-    );
-
-    CREATE TABLE monitors (
-        id INTEGER PRIMARY KEY,
-        key TEXT NOT NULL UNIQUE,
-        name TEXT NOT NULL,
-        made_token TEXT NOT NULL UNIQUE,  -- in force where larm.toml gives none
-        created_at INTEGER NOT NULL,
-        watching TEXT NOT NULL DEFAULT 'yes'
-            CHECK (watching IN ('yes', 'paused', 'disabled', 'removed')),
-        unwatched_at INTEGER,             -- since when it is not watched
-        resumes_at INTEGER,               -- the end of a timed pause
-        state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'up', 'down')),
-        since INTEGER NOT NULL,           -- of the state
-        received_at INTEGER,              -- the last success, stored or throttled
-        counts_from INTEGER,              -- received_at, later by the gaps since: what expected_at
-        rhythm TEXT NOT NULL,             -- and deadline_at were computed from, and how
-        expected_at INTEGER,
-        deadline_at INTEGER,              -- runs while the state is up
-        told TEXT NOT NULL DEFAULT 'up'   -- what people know of it
-            CHECK (told IN ('up', 'down', 'flapping')),
-        alert_at INTEGER,                 -- the next alert: a held one, a reminder, ...
-        last_duration_ms INTEGER          -- of a run that said when it started
-    );
-    CREATE INDEX monitors_by_deadline ON monitors (deadline_at)
-        WHERE deadline_at IS NOT NULL AND watching = 'yes';
-    CREATE INDEX monitors_by_resumption ON monitors (resumes_at) WHERE resumes_at IS NOT NULL;
-    CREATE INDEX monitors_by_alert ON monitors (alert_at)
-        WHERE alert_at IS NOT NULL AND watching = 'yes';
-
-    CREATE TABLE heartbeats (
-        id INTEGER PRIMARY KEY,
-        monitor_id INTEGER NOT NULL REFERENCES monitors,
-        at INTEGER NOT NULL,
-        signal TEXT NOT NULL CHECK (signal IN ('success', 'fail', 'start', 'log')),
-        exit_status INTEGER,
-        duration_ms INTEGER,
-        method TEXT NOT NULL,
-        sender TEXT,
-        user_agent TEXT,
-        rid TEXT,
-        body TEXT
-    );
-    CREATE INDEX heartbeats_by_monitor ON heartbeats (monitor_id, id);
-
-    CREATE TABLE runs (                   -- of jobs that said that they start, and not yet the end
-        id INTEGER PRIMARY KEY,
-        monitor_id INTEGER NOT NULL REFERENCES monitors,
-        rid TEXT,
-        started_at INTEGER NOT NULL,
-        max_runtime INTEGER,
-        ends_by INTEGER                   -- by max_runtime; NULL once it has overrun
-    );
-    CREATE INDEX runs_by_monitor ON runs (monitor_id);
-    CREATE INDEX runs_by_deadline ON runs (ends_by) WHERE ends_by IS NOT NULL;
-
-    CREATE TABLE events (
-        id INTEGER PRIMARY KEY,
-        monitor_id INTEGER REFERENCES monitors, -- NULL: about Larm itself
-        type TEXT NOT NULL CHECK (type IN ('down', 'up')),
-        at INTEGER NOT NULL,
-        reason TEXT CHECK (reason IN ('missed', 'failed', 'overran')),
-        last_heartbeat_at INTEGER,
-        expected_at INTEGER,
-        down_ms INTEGER,
-        heartbeat_id INTEGER REFERENCES heartbeats,
-        topic TEXT,                       -- what of Larm itself is in trouble
-        text TEXT,
-        CHECK ((monitor_id IS NULL) = (topic IS NOT NULL))
-    );
-    CREATE INDEX events_by_monitor ON events (monitor_id, at);
-    CREATE INDEX events_by_time ON events (at);
-    CREATE INDEX events_by_heartbeat ON events (heartbeat_id) WHERE heartbeat_id IS NOT NULL;
-    CREATE INDEX events_by_topic ON events (topic) WHERE topic IS NOT NULL;
-
-    CREATE TABLE deliveries (
-        id INTEGER PRIMARY KEY,
-        event_id INTEGER NOT NULL REFERENCES events ON DELETE CASCADE,
-        kind TEXT NOT NULL DEFAULT 'change'
-            CHECK (kind IN ('change', 'reminder', 'flapping', 'settled')),
-        channel TEXT NOT NULL,
-        state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'sent', 'failed')),
-        attempts INTEGER NOT NULL DEFAULT 0,
-        due_at INTEGER NOT NULL,
-        first_tried_at INTEGER,
-        at INTEGER,                       -- of the last attempt
-        error TEXT
-    );
-    CREATE INDEX deliveries_pending ON deliveries (channel, due_at) WHERE state = 'pending';
-    CREATE INDEX deliveries_by_event ON deliveries (event_id);
-
-    CREATE TABLE channels (
-        name TEXT PRIMARY KEY,
-        sent_at INTEGER,                  -- when it accepted an alert last
-        failed_at INTEGER,                -- when it last did not, and why
-        error TEXT,
-        failing_since INTEGER             -- the first failure since it accepted one
-    );
-
-    CREATE TABLE gaps (
-        id INTEGER PRIMARY KEY,
-        monitor_id INTEGER REFERENCES monitors, -- which was paused; NULL: Larm was not watching
-        from_at INTEGER NOT NULL,
-        to_at INTEGER NOT NULL,           -- before from_at where the clock was set back
-        told INTEGER NOT NULL DEFAULT 0   -- whether there was an alert of it, or need not be
-    );
-    CREATE INDEX gaps_by_time ON gaps (to_at);
-    """,
-]
+BATCH = 500  # writes in one commit, rows in one round of pruning, of deadlines or of alerts
+ANSWER_WITHIN = 8 * SECOND  # that a caller waits for its commit: less than `curl -m 10` does
+SLOW_COMMIT = 2 * SECOND  # from which on it counts as time in which nothing could be written
+ALIVE_EVERY = 30 * SECOND  # how often alive_at is written
 
 
 class StoreError(Exception):
@@ -1006,11 +1100,10 @@ class StoreError(Exception):
 
 
 class Unrecordable(Exception):
-    """Nothing can be written now: the disk is full, the file is read-only, ..."""
+    """Nothing can be written now: the disk is full, the file is read-only, it takes too long."""
 
 
-class Unanswered(Unrecordable):
-    """The database takes too long; what was to be written may be written yet."""
+Operation = Callable[[sqlite3.Connection, list[Any]], Any]
 
 
 class Write(Generic[T]):
@@ -1018,9 +1111,7 @@ class Write(Generic[T]):
 
     __slots__ = ("_done", "_error", "item", "operation", "value")
 
-    def __init__(
-        self, operation: Callable[[sqlite3.Connection, list[Any]], T], item: object
-    ) -> None:
+    def __init__(self, operation: Operation, item: object) -> None:
         self.operation = operation
         self.item = item
         self.value: T
@@ -1033,14 +1124,23 @@ class Write(Generic[T]):
         self._error = error
         self._done.release()
 
-    def result(self) -> T:
-        """What the operation returned, once it is committed; raises Unrecordable if it can't be."""
-        if not self._done.acquire(timeout=_ANSWER_WITHIN):
-            raise Unanswered("the database does not answer")
+    def is_done(self) -> bool:
+        return not self._done.locked()
+
+    def result(self, within: float = ANSWER_WITHIN / SECOND) -> T:
+        """What the operation returned, once it is committed; raises Unrecordable if it can't be, or
+        is not within so many seconds (-1: it may take its time).
+        """
+        if not self._done.acquire(timeout=within):
+            raise Unrecordable("the database does not answer")
         self._done.release()
         if self._error is not None:
             raise self._error
         return self.value
+
+
+def nothing(_db: sqlite3.Connection, _items: list[Any]) -> None:
+    """An operation that waits its turn and writes nothing."""
 
 
 def connect(path: Path, readonly: bool) -> sqlite3.Connection:
@@ -1050,7 +1150,6 @@ def connect(path: Path, readonly: bool) -> sqlite3.Connection:
         uri, uri=True, isolation_level=None, timeout=10, check_same_thread=False
     )
     db.row_factory = sqlite3.Row
-    db.execute("PRAGMA foreign_keys = ON")
     db.execute(f"PRAGMA cache_size = {-256 if readonly else -4096}")  # kibibytes
     return db
 
@@ -1062,23 +1161,31 @@ class Store:
     shares with whatever else has queued up. It may be run again where another one failed.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises StoreError."""
+    def __init__(self, path: Path, clock: Clock, prepare: Callable[[sqlite3.Connection], None]
+                 ) -> None:
+        """`prepare` makes or migrates the schema. Raises StoreError."""
         self.path = path
         self.failure: str | None = None  # why nothing can be written, while that is so
-        self.stored = 0  # commits since the start, for those who watch the writer
-        self.commit_seconds = 0.0  # that they took together
+        self.is_busy = False  # writing, or about to
+        # Not accounted for yet: monotonic from, to, whether writes failed or took too long.
+        self.outages: list[tuple[int, int, bool]] = []
+        self.commits, self.commit_seconds = 0, 0.0  # since the start
+        self.after_commit: list[Callable[[], None]] = []  # what an operation leaves to be done then
+        self.after_rollback: list[Callable[[], None]] = []
+        self.wake: Callable[[], None] = lambda: None  # called when writes are done
+        self._clock = clock
+        self._failing_since = 0  # monotonic
         self._queue: queue.SimpleQueue[Write[Any] | None] = queue.SimpleQueue()
         self._idle: list[sqlite3.Connection] = []
         self._closing = False
         self._lock_file = self._lock()
         try:
-            self._db = self._open()
+            self._db = self._open(prepare)
         except StoreError:
             os.close(self._lock_file)
             raise
-        self._thread = threading.Thread(target=self._write_forever, name="writer", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._write_forever, name="writer", daemon=True)
+        self.thread.start()
 
     def _lock(self) -> int:
         """A lock that the kernel drops when this process dies. Its file says which process that is
@@ -1107,17 +1214,17 @@ class Store:
     def _write_lock(lock_file: int, tick: int) -> None:
         os.pwrite(lock_file, f"{os.getpid()} {tick}".ljust(40).encode() + b"\n", 0)
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self, prepare: Callable[[sqlite3.Connection], None]) -> sqlite3.Connection:
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             if self.path.stat().st_mode & 0o077:
                 self.path.chmod(0o600)
             db = connect(self.path, readonly=False)
-            migrate(db)
+            prepare(db)
             if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
                 raise ValueError("this file system can't hold SQLite's WAL; use a local disk")
             db.execute("PRAGMA synchronous = FULL")
-            db.executescript(TAKE_PINGS)
+            db.execute("PRAGMA foreign_keys = ON")
             db.execute("SELECT * FROM clock").fetchone()  # who has the WAL open removes it at close
             return db
         except (OSError, sqlite3.Error, ValueError) as error:
@@ -1130,13 +1237,11 @@ class Store:
         """Queue an operation; raises Unrecordable at once while nothing can be written."""
         return self.gather(lambda db, _: operation(db), None)
 
-    def gather(
-        self, operation: Callable[[sqlite3.Connection, list[Item]], T], item: Item
-    ) -> Write[T]:
+    def gather(self, operation: Operation, item: object) -> Write[Any]:
         """Queue an item for an operation that takes all the items that wait for it in a row."""
-        if self._closing or self.failure:
+        if self._closing or self.failure or not self.thread.is_alive():
             raise Unrecordable(self.failure or "Larm is stopping")
-        write = Write(operation, item)
+        write: Write[Any] = Write(operation, item)
         self._queue.put(write)
         return write
 
@@ -1146,18 +1251,19 @@ class Store:
 
     def _write_forever(self) -> None:
         while True:
-            try:
-                batch = [self._queue.get(timeout=1.0 if self.failure else None)]
-                with contextlib.suppress(queue.Empty):
-                    while len(batch) < BATCH and batch[-1] is not None:
-                        batch.append(self._queue.get_nowait())
-            except queue.Empty:
-                batch = []
+            batch: list[Write[Any] | None] = []
+            with contextlib.suppress(queue.Empty):
+                batch.append(self._queue.get(timeout=1.0 if self.failure else None))
+                while len(batch) < BATCH and batch[-1] is not None:
+                    batch.append(self._queue.get_nowait())
             writes = [write for write in batch if write is not None]
+            self.is_busy = True
             if self.failure:
                 self._probe()
             if writes:
                 self._commit(writes)
+            self.is_busy = False
+            self.wake()
             if None in batch:
                 return
 
@@ -1168,30 +1274,40 @@ class Store:
         except Exception:  # still failing, for whatever reason: asked again in a second
             return
         log.warning("%s can be written again", self.path)
+        self.outages.append((self._failing_since, self._clock.monotonic(), True))
         self.failure = None
 
     def _commit(self, writes: list[Write[Any]]) -> None:
         """Commit all of them as one transaction, and answer each."""
-        try:
-            self._transact(writes)
-        except Exception as error:
-            if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
-                if self.failure is None:
-                    log.error("%s can't be written: %s; pings get 503 till then", self.path, error)
-                self.failure = str(error)
-                for write in writes:
-                    write.finish(Unrecordable(str(error)))
-            elif len(writes) == 1:
-                writes[0].finish(error)
-            else:  # one of them is at fault: the others must not suffer for it
-                for write in writes:
-                    self._commit([write])
-        else:
-            for write in writes:
-                write.finish()
+        began = self._clock.monotonic()
+        error: Exception | None = Unrecordable(self.failure) if self.failure else None
+        if error is None:
+            try:
+                self._transact(writes)
+            except Exception as found:
+                error = found
+        if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
+            if self.failure is None:
+                log.error("%s can't be written: %s; pings get 503 till then", self.path, error)
+                self._failing_since = began
+            self.failure = str(error)
+            error = Unrecordable(self.failure)
+        elif error is not None and not self.failure and len(writes) > 1:
+            for write in writes:  # one of them is at fault: the others must not suffer for it
+                self._commit([write])
+            return
+        elif error is None and (ended := self._clock.monotonic()) - began > SLOW_COMMIT:
+            self.outages.append((began, ended, False))
+        for write in writes:
+            write.finish(error)
 
     def _transact(self, writes: list[Write[Any]]) -> None:
+        if all(write.operation is nothing for write in writes):
+            for write in writes:
+                write.value = None
+            return
         began = time.perf_counter()
+        self.after_commit, self.after_rollback = [], []
         try:
             self._db.execute("BEGIN IMMEDIATE")
             for operation, group in itertools.groupby(writes, lambda write: write.operation):
@@ -1203,16 +1319,23 @@ class Store:
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 self._db.rollback()
+            for follow_up in self.after_rollback:
+                follow_up()
             raise
-        self.stored += 1
+        self.commits += 1
         self.commit_seconds += time.perf_counter() - began
+        for follow_up in self.after_commit:
+            follow_up()
 
     # Reading
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """A read-only connection that is this thread's own for the time being."""
-        db = self._idle.pop() if self._idle else connect(self.path, readonly=True)
+        try:
+            db = self._idle.pop()
+        except IndexError:
+            db = connect(self.path, readonly=True)
         try:
             yield db
         except BaseException:
@@ -1240,31 +1363,228 @@ class Store:
         with contextlib.suppress(OSError):  # a full disk; alive_at is not written then, either
             self._write_lock(self._lock_file, now)
 
-    def writer_is_alive(self) -> bool:
-        return self._thread.is_alive()
-
     def close(self) -> None:
         """Commit what is queued, and close the WAL and every connection."""
         self._closing = True
         self._queue.put(None)
-        self._thread.join(timeout=4)
+        self.thread.join(timeout=4)
         for reader in self._idle:
             reader.close()
-        if not self._thread.is_alive():
+        if not self.thread.is_alive():
             self._db.close()
         os.close(self._lock_file)
 
 
-ALIVE_EVERY = 30 * SECOND  # how often alive_at is written
+def write_ballast(db: sqlite3.Connection, _items: list[Any]) -> None:
+    """As much as the largest ping takes, to find out whether there is room for one again."""
+    db.execute("UPDATE clock SET ballast = randomblob(16384)")
+
+
+def running_process(database: Path) -> tuple[bool, int]:
+    """Whether a Larm runs on a database, and when one ticked last (0: unknown)."""
+    try:
+        with open(f"{database}.lock", "rb") as lock_file:
+            held = lock_file.read(100).split()
+            tick = int(held[1]) if len(held) == 2 and held[1].isdigit() else 0
+            try:
+                fcntl.flock(lock_file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True, tick
+            return False, tick
+    except OSError:
+        return False, 0
+
+
+# ======================================================================================
+# Records: the schema, and every query as a name for what it answers. No policy.
+# ======================================================================================
+
+NEWEST_KEPT = 1_000  # heartbeats of one monitor
+BODIES_KEPT = 100  # of these
+EVENTS_KEPT = 10_000  # of one monitor
+HELD = "held: "  # how the reason begins why an alert waits for another monitor's return
+DIGEST_WITHIN = 3 * SECOND  # alerts to one channel that come so close together are one message
+
+SCHEMA = """
+    CREATE TABLE clock (
+        alive_at INTEGER NOT NULL,
+        ballast BLOB                      -- what the writer tries to write while the disk is full
+    );
+
+    CREATE TABLE monitors (
+        id INTEGER PRIMARY KEY,
+        key TEXT NOT NULL UNIQUE,
+        name TEXT NOT NULL,
+        made_token TEXT NOT NULL UNIQUE,  -- in force where larm.toml gives none
+        state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'up', 'down')),
+        since INTEGER NOT NULL,           -- of the state
+        heard_from INTEGER,               -- its first success or failure
+        received_at INTEGER,              -- the last success, stored or throttled
+        base_at INTEGER,                  -- what the deadline counts from: that, or a pause's end
+        moved INTEGER NOT NULL DEFAULT 0, -- by how much time that nobody watched moved it since
+        deadline_at INTEGER,              -- while the state is up and somebody watches
+        last_duration_ms INTEGER          -- of a run that said when it started
+    );
+    CREATE INDEX monitors_by_deadline ON monitors (deadline_at) WHERE deadline_at IS NOT NULL;
+
+    CREATE TABLE gaps (                   -- when a monitor, or all of them, were not watched
+        id INTEGER PRIMARY KEY,
+        monitor_id INTEGER REFERENCES monitors ON DELETE CASCADE, -- NULL: all
+        why TEXT NOT NULL CHECK (why IN ('paused', 'disabled', 'removed', 'away', 'clock')),
+        from_at INTEGER NOT NULL,
+        to_at INTEGER,                    -- NULL while it lasts; ahead: a timed pause
+        open INTEGER NOT NULL,
+        told INTEGER NOT NULL DEFAULT 0   -- whether there was an alert of it
+    );
+    CREATE INDEX gaps_open ON gaps (monitor_id) WHERE open;
+    CREATE INDEX gaps_by_end ON gaps (to_at);
+
+    CREATE TABLE heartbeats (
+        id INTEGER PRIMARY KEY,
+        monitor_id INTEGER NOT NULL REFERENCES monitors,
+        at INTEGER NOT NULL,
+        signal TEXT NOT NULL CHECK (signal IN ('success', 'fail', 'start', 'log')),
+        exit_status INTEGER,
+        duration_ms INTEGER,              -- of the run that it ended
+        method TEXT NOT NULL,
+        sender TEXT,
+        user_agent TEXT,
+        rid TEXT,
+        body TEXT,
+        run TEXT CHECK (run IN ('open', 'overdue')),  -- of a start whose end has not come
+        moved INTEGER NOT NULL DEFAULT 0, -- by how much time that nobody watched it may be longer
+        ends_by INTEGER                   -- by max_runtime
+    );
+    CREATE INDEX heartbeats_by_signal ON heartbeats (monitor_id, signal);
+    CREATE INDEX heartbeats_running ON heartbeats (monitor_id) WHERE run IS NOT NULL;
+    CREATE INDEX heartbeats_by_limit ON heartbeats (ends_by) WHERE ends_by IS NOT NULL;
+
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY,
+        monitor_id INTEGER REFERENCES monitors,   -- NULL: about Larm itself
+        type TEXT NOT NULL CHECK (type IN ('down', 'up')),
+        at INTEGER NOT NULL,
+        reason TEXT CHECK (reason IN ('missed', 'failed', 'overran')),
+        last_heartbeat_at INTEGER,
+        down_ms INTEGER,
+        heartbeat_id INTEGER REFERENCES heartbeats,
+        topic TEXT,                       -- what of Larm itself is in trouble
+        text TEXT,
+        CHECK ((monitor_id IS NULL) = (topic IS NOT NULL))
+    );
+    CREATE INDEX events_by_monitor ON events (monitor_id);
+    CREATE INDEX events_by_time ON events (at);
+    CREATE INDEX events_by_heartbeat ON events (heartbeat_id) WHERE heartbeat_id IS NOT NULL;
+    CREATE INDEX events_by_topic ON events (topic) WHERE topic IS NOT NULL;
+
+    CREATE TABLE deliveries (             -- the outbox: an event on its way to a channel
+        id INTEGER PRIMARY KEY,
+        event_id INTEGER NOT NULL REFERENCES events ON DELETE CASCADE,
+        channel TEXT NOT NULL,
+        state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'sent', 'failed')),
+        due_at INTEGER,                   -- the next attempt or reminder; NULL: there is none
+        attempts INTEGER NOT NULL DEFAULT 0,
+        tried_from INTEGER,               -- the first attempt of what is not accepted yet
+        at INTEGER,                       -- the last attempt
+        error TEXT                        -- why it failed or waits
+    );
+    CREATE INDEX deliveries_due ON deliveries (due_at) WHERE due_at IS NOT NULL;
+    CREATE INDEX deliveries_tried ON deliveries (channel) WHERE tried_from IS NOT NULL;
+    CREATE INDEX deliveries_by_event ON deliveries (event_id);
+
+    CREATE TABLE messages (               -- of the last hour, to keep to so many an hour
+        monitor_id INTEGER NOT NULL REFERENCES monitors ON DELETE CASCADE,
+        channel TEXT NOT NULL,
+        at INTEGER NOT NULL,
+        limited INTEGER NOT NULL          -- whether it had waited, since there were too many
+    );
+    CREATE INDEX messages_by_monitor ON messages (monitor_id, channel, at);
+
+    CREATE TABLE channels (
+        name TEXT PRIMARY KEY,
+        sent_at INTEGER,                  -- when it accepted an alert last
+        failed_at INTEGER,                -- when it last did not, and why
+        error TEXT,
+        failing_since INTEGER             -- the first failure since it accepted one
+    );
+"""
+
+_OLD_TABLES = (
+    "clock", "monitors", "heartbeats", "runs", "events", "deliveries", "channels", "gaps",
+)
+_OLD_INDEXES = (
+    "monitors_by_deadline", "monitors_by_resumption", "monitors_by_alert", "heartbeats_by_monitor",
+    "runs_by_monitor", "runs_by_deadline", "events_by_monitor", "events_by_time",
+    "events_by_heartbeat", "events_by_topic", "deliveries_pending", "deliveries_by_event",
+    "gaps_by_time",
+)
+FROM_SCHEMA_1 = f"""
+    {"".join(f"DROP INDEX {name};" for name in _OLD_INDEXES)}
+    {"".join(f"ALTER TABLE {name} RENAME TO old_{name};" for name in _OLD_TABLES)}
+    {SCHEMA}
+    INSERT INTO clock SELECT alive_at, NULL FROM old_clock;
+    INSERT INTO monitors
+    SELECT id, key, name, made_token, state, since, IIF(state = 'pending', NULL, created_at),
+        received_at, base, COALESCE(counts_from - base, 0),
+        IIF(watching = 'yes' AND state = 'up', deadline_at, NULL), last_duration_ms
+    FROM (
+        SELECT *, NULLIF(MAX(COALESCE(received_at, 0), COALESCE((
+            SELECT MAX(to_at) FROM old_gaps WHERE monitor_id = m.id AND to_at <= counts_from
+        ), 0)), 0) AS base
+        FROM old_monitors m
+    );
+    INSERT INTO gaps
+    SELECT id, monitor_id, IIF(monitor_id IS NULL, 'away', 'paused'), from_at, to_at, 0, told
+    FROM old_gaps;
+    INSERT INTO gaps (monitor_id, why, from_at, to_at, open)
+    SELECT id, watching, unwatched_at, resumes_at, 1 FROM old_monitors WHERE watching <> 'yes';
+    INSERT INTO heartbeats
+    SELECT id, monitor_id, at, signal, exit_status, duration_ms, method, sender, user_agent, rid,
+        body, NULL, 0, NULL
+    FROM old_heartbeats;
+    INSERT INTO heartbeats (monitor_id, at, signal, method, rid)
+    SELECT monitor_id, started_at, 'start', '', rid
+    FROM old_runs r
+    WHERE NOT EXISTS (
+        SELECT 1 FROM old_heartbeats
+        WHERE monitor_id = r.monitor_id AND signal = 'start' AND at = r.started_at AND rid IS r.rid
+    );
+    UPDATE heartbeats
+    SET run = IIF(r.max_runtime IS NOT NULL AND r.ends_by IS NULL, 'overdue', 'open'),
+        ends_by = r.ends_by, moved = COALESCE(r.ends_by - r.max_runtime - r.started_at, 0)
+    FROM old_runs r
+    WHERE heartbeats.monitor_id = r.monitor_id AND signal = 'start' AND at = r.started_at
+    AND heartbeats.rid IS r.rid;
+    INSERT INTO events
+    SELECT id, monitor_id, type, at, reason, last_heartbeat_at, down_ms, heartbeat_id, topic, text
+    FROM old_events;
+    INSERT INTO deliveries
+    SELECT id, event_id, channel, state, IIF(state = 'pending', due_at, NULL), attempts,
+        IIF(state = 'pending', first_tried_at, NULL), at, error
+    FROM old_deliveries;
+    UPDATE deliveries                     -- reminders
+    SET due_at = m.alert_at
+    FROM old_monitors m
+    WHERE m.state = 'down' AND m.told = 'down' AND deliveries.state = 'sent'
+    AND event_id = (SELECT MAX(id) FROM events WHERE monitor_id = m.id);
+    INSERT INTO deliveries (event_id, channel, due_at)  -- what was held, or untold for flapping;
+    SELECT (SELECT MAX(id) FROM old_events WHERE monitor_id = m.id) AS event, '', m.since
+    FROM old_monitors m                   -- adopt() knows to whom
+    WHERE m.watching = 'yes' AND m.told <> m.state AND m.state <> 'pending' AND event IS NOT NULL;
+    INSERT INTO channels SELECT * FROM old_channels;
+    {"".join(f"DROP TABLE old_{name};" for name in reversed(_OLD_TABLES))}
+"""
+MIGRATIONS = {0: SCHEMA, 1: FROM_SCHEMA_1}  # by the version that each leads on from
+SCHEMA_VERSION = 2
 
 
 def schema_version(db: sqlite3.Connection) -> int:
     """Raises ValueError for another program's database, and for that of a newer Larm."""
     version: int = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > len(MIGRATIONS):
+    if version > SCHEMA_VERSION:
         raise ValueError(
             f"it was written by a newer Larm (schema {version}; this one knows "
-            f"{len(MIGRATIONS)}): update larm.py"
+            f"{SCHEMA_VERSION}): update larm.py"
         )
     owner = db.execute("PRAGMA application_id").fetchone()[0]
     tables = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
@@ -1275,18 +1595,501 @@ def schema_version(db: sqlite3.Connection) -> int:
 
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, a transaction a step; raises as schema_version() does."""
-    version = schema_version(db)
-    for number, script in enumerate(MIGRATIONS[version:], version + 1):
-        db.executescript(
-            f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; {script};"
-            f"PRAGMA user_version = {number}; COMMIT"
+    while (version := schema_version(db)) in MIGRATIONS:
+        try:
+            db.executescript(
+                f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; {MIGRATIONS[version]};"
+                f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
+            )
+        except sqlite3.Error:
+            if db.in_transaction:
+                db.rollback()
+            raise
+
+
+def rows(db: sqlite3.Connection, query: str, **values: Any) -> list[sqlite3.Row]:
+    return db.execute(query, values).fetchall()
+
+
+def first(db: sqlite3.Connection, query: str, **values: Any) -> Any:
+    """The first column of the first row; None where there is none."""
+    row = db.execute(query, values).fetchone()
+    return None if row is None else row[0]
+
+
+# Monitors and when they are not watched
+
+
+def read_monitors(db: sqlite3.Connection) -> dict[str, sqlite3.Row]:
+    """Every monitor that the database knows, by key."""
+    return {row["key"]: row for row in db.execute("SELECT * FROM monitors")}
+
+
+def open_gaps(db: sqlite3.Connection) -> dict[int, dict[str, sqlite3.Row]]:
+    """Why monitors are not watched now: {monitor id: {why: gap}}."""
+    found: dict[int, dict[str, sqlite3.Row]] = defaultdict(dict)
+    for row in db.execute("SELECT * FROM gaps WHERE open"):
+        found[row["monitor_id"]][row["why"]] = row
+    return found
+
+
+def gaps_since(db: sqlite3.Connection, start: int) -> dict[int | None, list[sqlite3.Row]]:
+    """When a monitor (by id), or Larm (None), was not watching, as far as it ends after a moment.
+    What lasts has no end, or one ahead.
+    """
+    found: dict[int | None, list[sqlite3.Row]] = defaultdict(list)
+    query = "SELECT * FROM gaps WHERE to_at > :start OR open ORDER BY id"
+    for row in rows(db, query, start=start):
+        found[row["monitor_id"]].append(row)
+    return found
+
+
+def pauses_over(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
+    """The timed pauses that have come to their end."""
+    return rows(db, "SELECT * FROM gaps WHERE open AND to_at <= :now", now=now)
+
+
+def write_alive(db: sqlite3.Connection, now: int) -> None:
+    if not db.execute("UPDATE clock SET alive_at = ?", (now,)).rowcount:
+        db.execute("INSERT INTO clock (alive_at) VALUES (?)", (now,))
+
+
+def next_due_at(db: sqlite3.Connection, now: int) -> int | None:
+    """When something is due next, after `now`: a deadline, an alert, the end of a run or pause."""
+    due: int | None = first(db, """
+        SELECT MIN(at) FROM (
+            SELECT MIN(deadline_at) AS at FROM monitors WHERE deadline_at >= :now
+            UNION ALL SELECT MIN(ends_by) FROM heartbeats WHERE ends_by >= :now
+            UNION ALL SELECT MIN(due_at) FROM deliveries WHERE due_at > :now
+            UNION ALL SELECT MIN(to_at) FROM gaps WHERE open AND to_at > :now
         )
+        """, now=now)
+    return due
 
 
-# Named queries. Each takes a connection; those that write run inside an operation of the Store.
+# Heartbeats and events
 
 
-@dataclass(frozen=True)
+def list_heartbeats(
+    db: sqlite3.Connection, monitor_id: int, limit: int, before: int | None = None
+) -> list[sqlite3.Row]:
+    """A monitor's heartbeats, newest first; `before`: those older than that id."""
+    return rows(db, """
+        SELECT *
+        FROM heartbeats
+        WHERE monitor_id = :monitor AND (:before IS NULL OR id < :before)
+        ORDER BY id DESC
+        LIMIT :limit
+        """, monitor=monitor_id, limit=limit, before=before)
+
+
+def list_events(
+    db: sqlite3.Connection, limit: int, before: int | None = None, monitor_id: int | None = None
+) -> list[sqlite3.Row]:
+    """The events of a monitor, or of all, with their keys and exit statuses, newest first."""
+    own = "" if monitor_id is None else "AND e.monitor_id = :monitor"
+    return rows(db, f"""
+        SELECT e.*, m.key, m.name, h.exit_status
+        FROM events e
+        JOIN monitors m ON m.id = e.monitor_id
+        LEFT JOIN heartbeats h ON h.id = e.heartbeat_id
+        WHERE (:before IS NULL OR e.id < :before) {own}
+        ORDER BY e.id DESC
+        LIMIT :limit
+        """, monitor=monitor_id, limit=limit, before=before)
+
+
+def deliveries_of(
+    db: sqlite3.Connection, event_ids: Iterable[int]
+) -> dict[int, list[sqlite3.Row]]:
+    """The deliveries of these events, by event id."""
+    found: dict[int, list[sqlite3.Row]] = defaultdict(list)
+    for row in rows(db, """
+        SELECT *
+        FROM deliveries
+        WHERE event_id IN (SELECT value FROM json_each(:events))
+        ORDER BY id
+        """, events=json.dumps(list(event_ids))):
+        found[row["event_id"]].append(row)
+    return found
+
+
+def newest_up(db: sqlite3.Connection, monitor_id: int) -> sqlite3.Row | None:
+    """A monitor's newest event, if that is its return."""
+    found = rows(db, """
+        SELECT * FROM events WHERE monitor_id = :monitor ORDER BY id DESC LIMIT 1
+        """, monitor=monitor_id)
+    return found[0] if found and found[0]["type"] == "up" else None
+
+
+def state_changes(db: sqlite3.Connection, start: int) -> dict[int, list[sqlite3.Row]]:
+    """The events since a moment, and the last one before it, by monitor id, oldest first."""
+    changes: dict[int, list[sqlite3.Row]] = defaultdict(list)
+    for row in rows(db, """
+        SELECT monitor_id, type, at
+        FROM events
+        WHERE monitor_id IS NOT NULL AND at >= :start
+        OR id IN (SELECT MAX(id) FROM events WHERE at < :start GROUP BY monitor_id)
+        ORDER BY id
+        """, start=start):
+        changes[row["monitor_id"]].append(row)
+    return changes
+
+
+def causes(db: sqlite3.Connection) -> dict[int, sqlite3.Row]:
+    """Why the monitors that are down went down, by id, with the job's output, and why the alert of
+    it waits.
+    """
+    found = rows(db, """
+        SELECT e.monitor_id, e.reason, h.exit_status, h.body,
+            (
+                SELECT error FROM deliveries
+                WHERE event_id = e.id AND state = 'pending' AND tried_from IS NULL
+                AND error IS NOT NULL
+                LIMIT 1
+            ) AS waits
+        FROM monitors m
+        JOIN events e ON e.id = (
+            SELECT id FROM events WHERE monitor_id = m.id AND type = 'down'
+            ORDER BY id DESC LIMIT 1
+        )
+        LEFT JOIN heartbeats h ON h.id = e.heartbeat_id
+        WHERE m.state = 'down'
+        """)
+    return {row["monitor_id"]: row for row in found}
+
+
+# Larm's own troubles and channels
+
+
+def open_troubles(db: sqlite3.Connection) -> list[sqlite3.Row]:
+    """The events of what is wrong with Larm itself, for those that have not ended."""
+    return rows(db, """
+        SELECT *
+        FROM events
+        WHERE type = 'down'
+        AND id IN (SELECT MAX(id) FROM events WHERE topic IS NOT NULL GROUP BY topic)
+        ORDER BY id
+        """)
+
+
+def report(
+    db: sqlite3.Connection, topic: str, type: str, text: str, channels: Iterable[str], at: int
+) -> None:
+    """An alert that something of Larm itself is in trouble ("down"), or is no longer ("up").
+
+    A trouble is reported once: again only after its end, or with another text.
+    """
+    known = rows(db, """
+        SELECT text, at
+        FROM events
+        WHERE topic = :topic AND id > COALESCE(
+            (SELECT MAX(id) FROM events WHERE topic = :topic AND type = 'up'), 0
+        )
+        ORDER BY id
+        """, topic=topic)
+    if (type == "up" and not known) or any(row["text"] == text for row in known):
+        return
+    down_ms = max(0, at - known[0]["at"]) if type == "up" else None
+    event = db.execute(
+        "INSERT INTO events (type, at, topic, text, down_ms) VALUES (?, ?, ?, ?, ?)",
+        (type, at, topic, text, down_ms),
+    )
+    db.executemany(
+        "INSERT INTO deliveries (event_id, channel, due_at) VALUES (?, ?, ?)",
+        [(event.lastrowid, channel, at + DIGEST_WITHIN) for channel in channels],
+    )
+
+
+def take_untold_gaps(db: sqlite3.Connection, shortest: int) -> list[sqlite3.Row]:
+    """The gaps in Larm's attention of which there was no alert yet, and is one now."""
+    return rows(db, """
+        UPDATE gaps
+        SET told = 1
+        WHERE told = 0 AND why = 'away' AND to_at - from_at > :shortest
+        RETURNING *
+        """, shortest=shortest)
+
+
+def read_channels(db: sqlite3.Connection) -> dict[str, sqlite3.Row]:
+    """What became of the last attempts to send to each channel, and how many alerts it waits for,
+    by name.
+    """
+    found = rows(db, """
+        SELECT n.name, c.sent_at, c.failed_at, c.error, c.failing_since, COALESCE(pending, 0)
+            AS pending
+        FROM (SELECT name FROM channels UNION SELECT channel FROM deliveries
+            WHERE state = 'pending') n
+        LEFT JOIN channels c ON c.name = n.name
+        LEFT JOIN (
+            SELECT channel, COUNT(*) AS pending
+            FROM deliveries
+            WHERE state = 'pending'
+            GROUP BY channel
+        ) d ON d.channel = n.name
+        """)
+    return {row["name"]: row for row in found}
+
+
+def retry_channels(db: sqlite3.Connection, names: Iterable[str], now: int) -> None:
+    """Try at once what waits for channels whose URLs have changed; their failures are history."""
+    for name in names:
+        db.execute("UPDATE deliveries SET due_at = ? WHERE channel = ? AND tried_from NOTNULL",
+                   (now, name))
+        db.execute("UPDATE channels SET failing_since = NULL, failed_at = NULL WHERE name = ?",
+                   (name,))
+
+
+def is_delivery_stuck(db: sqlite3.Connection, now: int) -> bool:
+    """Whether an alert has been due for long, or has been tried for very long, without success."""
+    return first(db, """
+        SELECT 1
+        FROM deliveries
+        WHERE due_at < :due OR tried_from < :tried
+        LIMIT 1
+        """, due=now - 5 * MINUTE, tried=now - HOUR) is not None
+
+
+# Pruning
+
+
+def prune_monitor(db: sqlite3.Connection, monitor_id: int) -> None:
+    """Delete a monitor's heartbeats that are not among its newest, the bodies of those that are not
+    among the very newest, but for those of an event, and its events that are too many.
+    """
+    nth = """
+        SELECT id FROM {} WHERE monitor_id = :monitor ORDER BY id DESC LIMIT 1 OFFSET :kept
+        """
+    old = f"""
+        SELECT id
+        FROM heartbeats h
+        WHERE monitor_id = :monitor AND id <= ({nth.format("heartbeats")})
+        AND NOT EXISTS (SELECT 1 FROM events WHERE heartbeat_id = h.id)
+        """
+    own = {"monitor": monitor_id}
+    db.execute(
+        f"DELETE FROM events WHERE monitor_id = :monitor AND id <= ({nth.format('events')})",
+        own | {"kept": EVENTS_KEPT},
+    )
+    db.execute(f"DELETE FROM heartbeats WHERE id IN ({old})", own | {"kept": NEWEST_KEPT})
+    db.execute(
+        f"UPDATE heartbeats SET body = NULL WHERE body IS NOT NULL AND id IN ({old})",
+        own | {"kept": BODIES_KEPT},
+    )
+
+
+def prune_old(db: sqlite3.Connection, before: int, now: int) -> None:
+    """Delete some of what is older, the oldest first, but for what still matters."""
+    old = {"before": before, "limit": BATCH, "now": now}
+    for statement in (
+        """
+        DELETE FROM events
+        WHERE id IN (
+            SELECT id
+            FROM events e
+            WHERE at < :before
+            AND NOT EXISTS (
+                SELECT 1 FROM monitors m
+                WHERE m.id = e.monitor_id AND state = 'down' AND since = e.at AND NOT EXISTS (
+                    SELECT 1 FROM gaps WHERE monitor_id = m.id AND open AND why = 'removed'
+                )
+            )
+            AND NOT EXISTS (SELECT 1 FROM deliveries WHERE event_id = e.id AND state = 'pending')
+            ORDER BY at
+            LIMIT :limit
+        )
+        """,
+        """
+        DELETE FROM heartbeats
+        WHERE id IN (
+            SELECT id
+            FROM (SELECT id, at FROM heartbeats ORDER BY id LIMIT 4 * :limit) h
+            WHERE at < :before
+            AND NOT EXISTS (SELECT 1 FROM events WHERE heartbeat_id = h.id)
+            LIMIT :limit
+        )
+        """,
+        "DELETE FROM gaps WHERE to_at < :before AND NOT open",
+        "DELETE FROM messages WHERE at < :now - 3600000 OR at > :now + 3600000",
+        """
+        DELETE FROM monitors
+        WHERE id IN (
+            SELECT monitor_id FROM gaps WHERE open AND why = 'removed' AND from_at < :before
+        )
+        AND NOT EXISTS (SELECT 1 FROM events WHERE monitor_id = monitors.id)
+        AND NOT EXISTS (SELECT 1 FROM heartbeats WHERE monitor_id = monitors.id)
+        """,
+    ):
+        db.execute(statement, {name: old[name] for name in old if f":{name}" in statement})
+
+
+# ======================================================================================
+# States: what a ping, a silence and an absence do to a monitor. One table, one transaction.
+# ======================================================================================
+
+TRANSITIONS = [  # state, what happens, the state then, the event, its reason; all else is nothing
+    ("pending", "success", "up", None, None),
+    ("pending", "fail", "down", "down", "failed"),
+    ("pending", "overran", "down", "down", "overran"),
+    ("up", "success", "up", None, None),
+    ("up", "fail", "down", "down", "failed"),
+    ("up", "missed", "down", "down", "missed"),
+    ("up", "overran", "down", "down", "overran"),
+    ("down", "success", "up", "up", None),
+]
+_MOST_CHANGES = 10  # pings that change the state, and starts, are stored so often an interval
+
+# Parts of the trigger below. NEW is what happens; each of these reads an index.
+_WATCHED = "NOT EXISTS (SELECT 1 FROM gaps WHERE open AND monitor_id = new.monitor_id)"
+_NEWEST = """(
+    SELECT id FROM heartbeats WHERE monitor_id = new.monitor_id AND signal = new.what
+    ORDER BY id DESC LIMIT 1
+)"""
+_CHANGES = f"""EXISTS (
+    SELECT 1 FROM monitors m JOIN transitions t ON t.state = m.state AND t.what = new.what
+    WHERE m.id = new.monitor_id AND t.becomes <> m.state AND {_WATCHED}
+)"""
+_RUNNING = """
+    SELECT id FROM heartbeats INDEXED BY heartbeats_running
+    WHERE monitor_id = new.monitor_id AND run IS NOT NULL"""
+_ENDED = f"""(
+    {_RUNNING} AND (rid IS NULL OR rid = new.rid OR new.rid IS NULL)
+    ORDER BY rid IS new.rid DESC, rid IS NULL DESC, id DESC LIMIT 1
+)"""  # the last run with its rid, else the last one without any
+
+
+def _few(table: str, own: str) -> str:
+    """Whether a monitor had fewer than _MOST_CHANGES of these within its interval."""
+    return f"""(
+        SELECT COUNT(*) FROM (
+            SELECT at FROM {table} WHERE monitor_id = new.monitor_id {own}
+            ORDER BY id DESC LIMIT {_MOST_CHANGES}
+        ) WHERE at > new.at - new.interval AND at <= new.at
+    ) < {_MOST_CHANGES}"""
+
+
+PREPARE = f"""
+    PRAGMA temp_store = MEMORY;
+    CREATE TEMP TABLE transitions (state, what, becomes, event, reason, PRIMARY KEY (state, what));
+    CREATE TEMP TABLE audience (          -- who is told of a monitor
+        monitor_id INTEGER, channel TEXT, PRIMARY KEY (monitor_id, channel)
+    ) WITHOUT ROWID;
+    CREATE TEMP TABLE throttled (         -- until when the next success changes nothing
+        monitor_id INTEGER PRIMARY KEY, until INTEGER
+    );
+    CREATE TEMP VIEW happening AS
+    SELECT 0 AS monitor_id, 0 AS at, '' AS what, 0 AS window, 0 AS interval, 0 AS deadline_at,
+        0 AS max_runtime, 0 AS lost_before, 0 AS exit_status, '' AS method, '' AS sender,
+        '' AS user_agent, '' AS rid, '' AS body;
+
+    CREATE TEMP TRIGGER happen INSTEAD OF INSERT ON happening WHEN new.monitor_id IS NOT NULL BEGIN
+        -- A ping is kept, unless the throttle drops it (law 2): its window counts from the newest
+        -- of its kind, but for one that a wrong clock dated in the future.
+        INSERT INTO heartbeats
+            (monitor_id, at, signal, exit_status, method, sender, user_agent, rid, body)
+        SELECT new.monitor_id, new.at, new.what, new.exit_status, new.method, new.sender,
+            new.user_agent, new.rid, new.body
+        WHERE new.method IS NOT NULL AND (
+            NOT EXISTS (
+                SELECT 1 FROM heartbeats
+                WHERE id = {_NEWEST} AND at > new.at - new.window AND at <= new.at
+            )
+            OR ({_CHANGES} AND {_few("events", "")})
+            OR (new.what = 'start' AND {_few("heartbeats", "AND signal = 'start'")})
+        );
+        -- What must count all the same takes the place of the newest of its kind.
+        UPDATE heartbeats
+        SET at = new.at, exit_status = new.exit_status, duration_ms = NULL, method = new.method,
+            sender = new.sender, user_agent = new.user_agent, rid = new.rid, body = new.body
+        WHERE changes() = 0 AND new.method IS NOT NULL
+        AND (new.what IN ('start', 'fail') OR {_CHANGES})
+        AND id = IIF(new.what = 'start', ({_RUNNING} AND rid IS new.rid), {_NEWEST});
+
+        -- A start begins the run of its rid anew.
+        UPDATE heartbeats SET run = NULL, ends_by = NULL
+        WHERE new.what = 'start' AND id IN ({_RUNNING} AND rid IS new.rid);
+        UPDATE heartbeats SET run = 'open', ends_by = IIF({_WATCHED}, at + new.max_runtime, NULL)
+        WHERE new.what = 'start' AND at = new.at AND id = (
+            SELECT id FROM heartbeats
+            WHERE monitor_id = new.monitor_id AND signal = 'start' AND rid IS new.rid
+            ORDER BY id DESC LIMIT 1
+        );
+        -- An end closes its run, those that began before it with the same rid or with none, and
+        -- what has been open for so long that its end will not come.
+        UPDATE monitors
+        SET last_duration_ms = MAX(0, new.at - (SELECT at FROM heartbeats WHERE id = {_ENDED}))
+        WHERE new.what IN ('success', 'fail') AND id = new.monitor_id AND {_ENDED} IS NOT NULL;
+        UPDATE heartbeats
+        SET duration_ms = MAX(0, new.at - (SELECT at FROM heartbeats WHERE id = {_ENDED}))
+        WHERE new.what IN ('success', 'fail') AND {_ENDED} IS NOT NULL
+        AND id = {_NEWEST} AND at = new.at AND duration_ms IS NULL;
+        UPDATE heartbeats SET run = NULL, ends_by = NULL
+        WHERE new.what IN ('success', 'fail') AND EXISTS ({_RUNNING}) AND id IN (
+            {_RUNNING} AND (
+                (id <= {_ENDED} AND (
+                    rid IS NULL OR rid = (SELECT rid FROM heartbeats WHERE id = {_ENDED})
+                ))
+                OR (at < new.lost_before AND ends_by IS NULL)
+            )
+        );
+        UPDATE heartbeats SET run = 'overdue', ends_by = NULL
+        WHERE new.what = 'overran' AND id IN ({_RUNNING} AND ends_by <= new.at);
+
+        -- The state, and what there is to tell of it.
+        UPDATE events SET reason = 'failed', heartbeat_id = {_NEWEST}
+        WHERE new.what = 'fail' AND {_WATCHED}
+        AND (SELECT state FROM monitors WHERE id = new.monitor_id) = 'down'
+        AND id = (
+            SELECT id FROM events WHERE monitor_id = new.monitor_id AND type = 'down'
+            ORDER BY id DESC LIMIT 1
+        );
+        INSERT INTO events
+            (monitor_id, type, at, reason, last_heartbeat_at, down_ms, heartbeat_id)
+        SELECT new.monitor_id, t.event, new.at, t.reason, m.received_at,
+            IIF(t.event = 'up', MAX(0, new.at - m.since), NULL), {_NEWEST}
+        FROM monitors m JOIN transitions t ON t.state = m.state AND t.what = new.what
+        WHERE m.id = new.monitor_id AND t.event IS NOT NULL AND {_WATCHED};
+        UPDATE monitors
+        SET state = t.becomes, since = IIF(monitors.state = t.becomes, since, new.at),
+            heard_from = COALESCE(heard_from, new.at),
+            received_at = IIF(new.what = 'success', new.at, received_at),
+            base_at = IIF(new.what = 'success', new.at, base_at),
+            moved = IIF(new.what = 'success', 0, moved), deadline_at = new.deadline_at
+        FROM transitions t
+        WHERE monitors.id = new.monitor_id AND t.state = monitors.state AND t.what = new.what
+        AND {_WATCHED};
+        UPDATE monitors SET received_at = new.at
+        WHERE new.what = 'success' AND id = new.monitor_id AND NOT {_WATCHED};
+
+        INSERT OR REPLACE INTO throttled
+        SELECT new.monitor_id, h.at + new.window
+        FROM heartbeats h JOIN monitors m ON m.id = new.monitor_id
+        WHERE new.what = 'success' AND h.id = {_NEWEST} AND h.at < new.at
+        AND h.at > new.at - new.window AND m.state = 'up' AND m.deadline_at IS NOT NULL
+        AND NOT EXISTS ({_RUNNING});
+    END;
+
+    CREATE TEMP TRIGGER tell AFTER INSERT ON events BEGIN
+        INSERT INTO deliveries (event_id, channel, due_at)
+        SELECT new.id, channel, new.at + {DIGEST_WITHIN}
+        FROM audience
+        WHERE monitor_id = new.monitor_id;
+    END;
+"""
+"""What happens is inserted into the view `happening`: state, event and deliveries follow in the
+same transaction (law 4). It is a trigger, so that a batch of pings, or all that is overdue, is
+one call of SQLite: each lets go of the interpreter lock, and must win it back from other threads.
+"""
+
+
+def prepare(db: sqlite3.Connection) -> None:
+    """Bring the schema up to date, and make what the writer's connection needs of its own."""
+    migrate(db)
+    db.executescript(PREPARE)
+    db.executemany("INSERT INTO transitions VALUES (?, ?, ?, ?, ?)", TRANSITIONS)
+
+
+@dataclass(frozen=True, slots=True)
 class Watched:
     """A monitor of the configuration, as the database knows it."""
 
@@ -1295,159 +2098,11 @@ class Watched:
     monitor: Monitor
     above: tuple[int, ...] = ()  # the ids of all monitors that it depends on, directly or not
 
-
-def adopt(db: sqlite3.Connection, monitors: Iterable[Monitor], now: int) -> list[Watched]:
-    """Make the database's monitors those of the configuration; no timer starts anew (law 7).
-
-    What is new gets a token and waits for its first ping. What is gone or disabled is not watched
-    from now on, and keeps its history. What is back goes on with the time that it had left; what
-    was disabled is resumed.
-    """
-    configured = {monitor.key: monitor for monitor in monitors}
-    rows = read_monitors(db)
-    for key, row in rows.items():
-        if key not in configured and row["watching"] == "yes":
-            unwatch(db, row["id"], "removed", now)
-    for key, monitor in configured.items():
-        if key not in rows:
-            rows[key] = _insert_monitor(db, monitor, now)
-        _rewatch(db, monitor, rows[key], now)
-    return [
-        Watched(
-            rows[key]["id"],
-            monitor.token or rows[key]["made_token"],
-            monitor,
-            tuple(rows[parent]["id"] for parent in ancestors(configured, key)),
-        )
-        for key, monitor in configured.items()
-    ]
+    def deadline(self, base_at: int) -> int:
+        return self.monitor.expectation(base_at) + self.monitor.grace
 
 
-def _insert_monitor(db: sqlite3.Connection, monitor: Monitor, now: int) -> sqlite3.Row:
-    row: sqlite3.Row = db.execute(
-        """
-        INSERT INTO monitors (key, name, made_token, created_at, since, rhythm)
-        VALUES (:key, :name, :token, :now, :now, :rhythm)
-        RETURNING *, 0 AS running
-        """,
-        {"key": monitor.key, "name": monitor.name, "token": secrets.token_hex(16), "now": now,
-         "rhythm": monitor.rhythm},
-    ).fetchone()
-    return row
-
-
-def unwatch(
-    db: sqlite3.Connection, monitor_id: int, why: str, now: int, resumes_at: int | None = None
-) -> None:
-    """Stop watching a monitor because it is paused, disabled or removed. A pause withdraws what
-    could not yet be sent about it.
-    """
-    db.execute(
-        """
-        UPDATE monitors
-        SET watching = :why, unwatched_at = COALESCE(unwatched_at, :now), resumes_at = :resumes_at
-        WHERE id = :id
-        """,
-        {"id": monitor_id, "why": why, "now": now, "resumes_at": resumes_at},
-    )
-    db.execute(
-        """
-        UPDATE deliveries
-        SET state = 'failed', error = :error
-        WHERE state = 'pending' AND :why <> 'removed'
-        AND event_id IN (SELECT id FROM events WHERE monitor_id = :id)
-        """,
-        {"id": monitor_id, "why": why, "error": f"withdrawn: the monitor was {why}"},
-    )
-
-
-def watch_again(db: sqlite3.Connection, monitor: Monitor, row: sqlite3.Row, now: int) -> None:
-    """Watch a paused or disabled monitor again: it has one interval and its grace from now."""
-    expected_at, deadline_at = monitor.expectation(now)
-    limit_no_more(db, "monitor_id", row["id"])
-    db.execute(
-        "INSERT INTO gaps (monitor_id, from_at, to_at) VALUES (:id, :unwatched_at, :now)",
-        {"id": row["id"], "unwatched_at": row["unwatched_at"], "now": now},
-    )
-    db.execute(
-        """
-        UPDATE monitors
-        SET watching = 'yes', unwatched_at = NULL, resumes_at = NULL
-        WHERE id = :id
-        """,
-        {"id": row["id"]},
-    )
-    db.execute(
-        """
-        UPDATE monitors
-        SET state = 'up', since = IIF(state = 'up', since, :now), counts_from = :now,
-            expected_at = :expected, deadline_at = :deadline, told = 'up', alert_at = NULL
-        WHERE id = :id AND state <> 'pending'
-        """,
-        {"id": row["id"], "now": now, "expected": expected_at, "deadline": deadline_at},
-    )
-
-
-def pause_or_resume(
-    db: sqlite3.Connection, monitor: Monitor, verb: str, span: int | None, now: int
-) -> None:
-    """Pause a monitor, for `span` milliseconds or until resumed, or resume it.
-
-    Raises ValueError for one that larm.toml disables, or that the database does not know yet.
-    """
-    row = read_monitors(db).get(monitor.key)
-    if row is None or row["watching"] == "removed":
-        raise ValueError(f"{monitor.key} is not watched yet: start Larm once")
-    if not monitor.enabled:
-        raise ValueError(f"{monitor.key} is disabled in the file: set enabled = true there")
-    if verb == "pause":
-        unwatch(db, row["id"], "paused", now, None if span is None else now + span)
-    elif row["watching"] == "paused":
-        watch_again(db, monitor, row, now)
-
-
-def pause_length(value: object) -> int:
-    """Milliseconds of a pause; raises ValueError."""
-    if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value):  # from the command line
-        value = int(value)
-    return _duration(SECOND)(value)
-
-
-def _rewatch(db: sqlite3.Connection, monitor: Monitor, row: sqlite3.Row, now: int) -> None:
-    """Bring one known monitor's name, rhythm and deadline in line with its configuration."""
-    counts_from, expected_at = row["counts_from"], row["expected_at"]
-    deadline_at, alert_at = row["deadline_at"], row["alert_at"]
-    if monitor.rhythm != row["rhythm"] and deadline_at is not None:
-        expected_at, deadline_at = monitor.expectation(counts_from)
-    watching, unwatched_at = row["watching"], row["unwatched_at"]
-    if watching == "removed" and monitor.enabled:
-        watching, unwatched_at = "yes", None
-        away = now - row["unwatched_at"]
-        alert_at = alert_at and alert_at + away
-        move_runs(db, row["id"], away, monitor.max_runtime)
-        if deadline_at is not None:
-            counts_from, expected_at = counts_from + away, expected_at + away
-            deadline_at += away
-    values = {
-        "name": monitor.name, "rhythm": monitor.rhythm, "watching": watching,
-        "unwatched_at": unwatched_at, "counts_from": counts_from, "expected_at": expected_at,
-        "deadline_at": deadline_at, "alert_at": alert_at,
-    }
-    if any(row[column] != value for column, value in values.items()):
-        db.execute(
-            f"UPDATE monitors SET {', '.join(f'{name} = :{name}' for name in values)} "
-            "WHERE id = :id",
-            values | {"id": row["id"]},
-        )
-    if row["running"]:
-        move_runs(db, row["id"], 0, monitor.max_runtime)
-    if not monitor.enabled and row["watching"] != "disabled":
-        unwatch(db, row["id"], "disabled", now)
-    elif monitor.enabled and row["watching"] == "disabled":
-        watch_again(db, monitor, row, now)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ping:
     """One call to the heartbeat endpoint, as it is kept."""
 
@@ -1460,1052 +2115,270 @@ class Ping:
     body: str | None = None
 
 
-@dataclass(frozen=True)
-class Received:
-    """A ping with its monitor and the moment it came."""
-
-    watched: Watched
-    ping: Ping
-    at: int
+_SIZES = (1, 8, 64, BATCH)  # of what is inserted at once: few, so that SQLite knows the statements
 
 
-TAKE_PINGS = """
-    CREATE TEMP VIEW ping AS
-    SELECT 0 AS monitor_id, 0 AS at, 0 AS window, 0 AS interval, 0 AS expected_at, 0 AS deadline_at,
-        '' AS signal, 0 AS exit_status, '' AS method, '' AS sender, '' AS user_agent, '' AS rid,
-        '' AS body;
-
-    CREATE TEMP TRIGGER take_ping INSTEAD OF INSERT ON ping BEGIN
-        INSERT INTO heartbeats
-            (monitor_id, at, signal, exit_status, method, sender, user_agent, rid, body)
-        SELECT new.monitor_id, new.at, new.signal, new.exit_status, new.method, new.sender,
-            new.user_agent, new.rid, new.body
-        WHERE NOT EXISTS (
-            SELECT 1
-            FROM (
-                SELECT at
-                FROM heartbeats
-                WHERE monitor_id = new.monitor_id AND signal = new.signal
-                ORDER BY id DESC
-                LIMIT 1
-            ) newest
-            WHERE newest.at > new.at - new.window AND newest.at <= new.at
-        )
-        OR EXISTS (
-            SELECT 1
-            FROM monitors
-            WHERE id = new.monitor_id AND watching = 'yes'
-            AND IIF(new.signal = 'success', state <> 'up', new.signal = 'fail' AND state <> 'down')
-            AND (
-                SELECT COUNT(*)
-                FROM events
-                WHERE monitor_id = new.monitor_id AND at > new.at - new.interval AND at <= new.at
-            ) < 10
-        )
-        OR (
-            new.signal = 'start'
-            AND NOT EXISTS (SELECT 1 FROM runs WHERE monitor_id = new.monitor_id)
-            AND (
-                SELECT COUNT(*)
-                FROM heartbeats
-                WHERE monitor_id = new.monitor_id AND signal = 'start'
-                AND at > new.at - new.interval AND at <= new.at
-            ) < 10
-        );
-        UPDATE monitors
-        SET received_at = new.at, counts_from = new.at,
-            expected_at = new.expected_at, deadline_at = new.deadline_at
-        WHERE id = new.monitor_id AND state = 'up' AND new.signal = 'success'
-        AND NOT EXISTS (SELECT 1 FROM runs WHERE monitor_id = new.monitor_id);
-    END;
-"""
-"""Store a ping unless the throttle drops it, and move its monitor's deadline where one runs.
-
-The window counts from the newest stored heartbeat of the same signal, unless that one is dated in
-the future, since the clock was wrong then. What changes the state, or starts the only run, is
-stored whatever the window, ten times an interval. It is a trigger, so that a batch of pings is one
-call of SQLite: each call lets go of the interpreter lock, and must win it back from the threads
-that serve requests.
-"""
-
-
-def _rows(count: int, columns: int) -> str:
-    """The placeholders of so many rows of VALUES."""
-    return ", ".join([f"({', '.join('?' * columns)})"] * count)
-
-
-def take_pings(db: sqlite3.Connection, received: Sequence[Received]) -> bool:
-    """Run TAKE_PINGS; True if each was stored, was a success of a monitor that is up, and ended no
-    run.
-    """
-    before = db.total_changes
+def take_pings(db: sqlite3.Connection, pings: Sequence[tuple[Watched, Ping, int]]) -> None:
+    """Let them happen, each at its moment, in this order; at most BATCH."""
     values: list[object] = []
-    for one in received:
-        monitor, ping = one.watched.monitor, one.ping
+    for watched, ping, at in pings:
+        monitor = watched.monitor
+        lost_before = at - monitor.interval - monitor.grace - (monitor.max_runtime or 0)
+        deadline_at = watched.deadline(at) if ping.signal == "success" else None
         values += (
-            one.watched.id, one.at, monitor.window, monitor.interval, *monitor.expectation(one.at),
-            ping.signal, ping.exit_status, ping.method, ping.sender, ping.user_agent, ping.rid,
-            ping.body,
+            watched.id, at, ping.signal, monitor.window, monitor.interval, deadline_at,
+            monitor.max_runtime, lost_before, ping.exit_status, ping.method, ping.sender,
+            ping.user_agent, ping.rid, ping.body,
         )
-    db.execute(f"INSERT INTO ping VALUES {_rows(len(received), 13)}", values)
-    return db.total_changes - before == 2 * len(received)
+    size = next(size for size in _SIZES if size >= len(pings))
+    values += [None] * (14 * size - len(values))
+    row = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    db.execute(f"INSERT INTO happening VALUES {', '.join([row] * size)}", values)
 
 
-def open_run(db: sqlite3.Connection, started: Received) -> None:
-    """A run that has started; it must end within max_runtime where that is set."""
-    monitor_id, limit = started.watched.id, started.watched.monitor.max_runtime
-    db.execute(
-        """
-        INSERT INTO runs (monitor_id, rid, started_at, max_runtime, ends_by)
-        VALUES (:monitor, :rid, :at, :limit, :at + :limit)
-        """,
-        {"monitor": monitor_id, "rid": started.ping.rid, "at": started.at, "limit": limit},
-    )
-    db.execute(
-        """
-        DELETE FROM runs
-        WHERE monitor_id = :monitor AND id <= (
-            SELECT id
-            FROM runs
-            WHERE monitor_id = :monitor
-            ORDER BY id DESC
-            LIMIT 1 OFFSET :kept
-        )
-        """,
-        {"monitor": monitor_id, "kept": OPEN_RUNS},
-    )
-
-
-def end_run(db: sqlite3.Connection, ended: Received, heartbeat_id: int | None) -> bool:
-    """Close the run that a ping ends: the last one with its rid, else the last one without any.
-
-    Those that began before it with the same rid, or with none, are closed with it, and so is what
-    has been open for so long that its end will not come. True if other runs are open.
+def take_throttled(db: sqlite3.Connection) -> dict[int, int]:
+    """Of which monitors, by id, the throttle dropped a success that did nothing else, and until
+    when it will.
     """
-    monitor = ended.watched.monitor
-    whose = {"monitor": ended.watched.id, "rid": ended.ping.rid}
-    run = db.execute(
-        """
-        SELECT *
-        FROM runs
-        WHERE monitor_id = :monitor AND (rid IS NULL OR rid = :rid OR :rid IS NULL)
-        ORDER BY rid IS :rid DESC, rid IS NULL DESC, id DESC
-        LIMIT 1
-        """,
-        whose,
-    ).fetchone()
-    lost = ended.at - monitor.interval - monitor.grace - (monitor.max_runtime or 0)
-    db.execute(
-        """
-        DELETE FROM runs
-        WHERE monitor_id = :monitor
-        AND (
-            (id <= :id AND (rid IS NULL OR rid = :closed))
-            OR (started_at < :lost AND ends_by IS NULL)
-        )
-        """,
-        whose | {"id": run and run["id"], "closed": run and run["rid"], "lost": lost},
-    )
-    if run is not None:
-        lasted = {"ms": max(0, ended.at - run["started_at"])} | whose | {"heartbeat": heartbeat_id}
-        db.execute("UPDATE heartbeats SET duration_ms = :ms WHERE id = :heartbeat", lasted)
-        db.execute("UPDATE monitors SET last_duration_ms = :ms WHERE id = :monitor", lasted)
-    others = db.execute("SELECT 1 FROM runs WHERE monitor_id = :monitor LIMIT 1", whose)
-    return others.fetchone() is not None
-
-
-def overrun(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
-    """The runs that have not ended in time, longest ago first."""
-    return db.execute(
-        """
-        SELECT r.*
-        FROM runs r
-        JOIN monitors m ON m.id = r.monitor_id
-        WHERE ends_by < :now AND watching = 'yes'
-        ORDER BY ends_by
-        LIMIT :limit
-        """,
-        {"now": now, "limit": BATCH},
-    ).fetchall()
-
-
-def move_runs(db: sqlite3.Connection, monitor_id: int, ms: int, max_runtime: int | None) -> None:
-    """Give a monitor's open runs so much more time, and another max_runtime where it changed."""
-    db.execute(
-        """
-        UPDATE runs
-        SET ends_by = ends_by + :ms + :limit - max_runtime, max_runtime = :limit
-        WHERE monitor_id = :monitor
-        """,
-        {"monitor": monitor_id, "ms": ms, "limit": max_runtime},
-    )
-
-
-def find_run(db: sqlite3.Connection, id: int) -> sqlite3.Row | None:
-    row: sqlite3.Row | None = db.execute("SELECT * FROM runs WHERE id = :id", {"id": id}).fetchone()
-    return row
-
-
-def limit_no_more(db: sqlite3.Connection, column: str, id: int) -> None:
-    """A run that has overrun, or the runs of a monitor, need not end in time any more."""
-    db.execute(f"UPDATE runs SET ends_by = NULL WHERE {column} = :id", {"id": id})
-
-
-def heartbeat_of(db: sqlite3.Connection, received: Received) -> int | None:
-    """The id of a ping's heartbeat, if it was stored and is still the monitor's newest."""
-    row = db.execute(
-        """
-        SELECT id, at, signal
-        FROM heartbeats
-        WHERE monitor_id = :monitor
-        ORDER BY id DESC
-        LIMIT 1
-        """,
-        {"monitor": received.watched.id},
-    ).fetchone()
-    stored = row and (row["at"], row["signal"]) == (received.at, received.ping.signal)
-    return row["id"] if stored else None
+    found = json.loads(first(db, "SELECT json_group_array(json_array(monitor_id, until)) "
+                                 "FROM throttled"))
+    if found:
+        db.execute("DELETE FROM throttled")
+    return dict(found)
 
 
 def hear(db: sqlite3.Connection, successes: Iterable[tuple[Watched, int]]) -> None:
-    """Count the deadlines from successes received at those moments, where the state is up."""
-    db.executemany(
-        """
+    """Count the deadlines from successes received at those moments, where one runs."""
+    db.executemany("""
         UPDATE monitors
-        SET received_at = :at, counts_from = :at, expected_at = :expected, deadline_at = :deadline
-        WHERE id = :id AND state = 'up'
-        """,
-        [
-            dict(zip(("expected", "deadline"), watched.monitor.expectation(at), strict=True))
-            | {"id": watched.id, "at": at}
-            for watched, at in successes
-        ],
-    )
+        SET received_at = :at, base_at = :at, moved = 0, deadline_at = :deadline
+        WHERE id = :id AND deadline_at IS NOT NULL AND base_at + moved <= :at
+        """, [{"id": one.id, "at": at, "deadline": one.deadline(at)} for one, at in successes])
 
 
-def note_received(db: sqlite3.Connection, one: Received) -> None:
-    """A success that changes nothing else, since its monitor is not watched."""
-    db.execute(
-        "UPDATE monitors SET received_at = :at WHERE id = :id",
-        {"at": one.at, "id": one.watched.id},
-    )
-
-
-def change_state(
-    db: sqlite3.Connection, watched: Watched, state: str, since: int, held: sqlite3.Row
-) -> bool:
-    """Compare and set: False where the monitor is not as `held` says any more."""
-    return db.execute(
-        """
-        UPDATE monitors
-        SET state = :state, since = :since, expected_at = NULL, deadline_at = NULL, alert_at = NULL
-        WHERE id = :id AND state = :held AND deadline_at IS :deadline AND watching = 'yes'
-        """,
-        {"id": watched.id, "state": state, "since": since, "held": held["state"],
-         "deadline": held["deadline_at"]},
-    ).rowcount == 1
-
-
-def read_monitor(db: sqlite3.Connection, monitor_id: int) -> sqlite3.Row:
-    row: sqlite3.Row = db.execute(
-        "SELECT * FROM monitors WHERE id = :id", {"id": monitor_id}
-    ).fetchone()
-    return row
-
-
-def read_monitors(db: sqlite3.Connection) -> dict[str, sqlite3.Row]:
-    """Every monitor that the database knows, by key, and whether its job is running."""
-    rows = db.execute("SELECT *, id IN (SELECT monitor_id FROM runs) AS running FROM monitors")
-    return {row["key"]: row for row in rows}
-
-
-def due_monitors(db: sqlite3.Connection, column: str, now: int) -> list[sqlite3.Row]:
-    """The watched monitors of which a moment, deadline_at or alert_at, has passed, longest ago
-    first.
+def call_down(db: sqlite3.Connection, until: int) -> int:
+    """One down event for each deadline that was missed before a moment, dated at it, and for each
+    run that has not ended in time, longest ago first; at most BATCH. Returns how many there were.
     """
-    return db.execute(
-        f"""
-        SELECT *
-        FROM monitors
-        WHERE {column} < :now AND watching = 'yes'
-        ORDER BY {column}
+    before = db.total_changes
+    db.execute("""
+        INSERT INTO happening (monitor_id, at, what)
+        SELECT * FROM (
+            SELECT id, deadline_at AS at, 'missed' FROM monitors WHERE deadline_at < :until
+            UNION ALL
+            SELECT monitor_id, ends_by, 'overran' FROM heartbeats WHERE ends_by < :until
+        )
+        ORDER BY at
         LIMIT :limit
-        """,
-        {"now": now, "limit": BATCH},
-    ).fetchall()
+        """, {"until": until, "limit": BATCH})
+    return db.total_changes - before
 
 
-def next_due_at(db: sqlite3.Connection, now: int) -> int | None:
-    """When something is due next, after `now`: a deadline, an alert, the end of a run or pause."""
-    due: int | None = db.execute(
-        """
-        SELECT MIN(at) FROM (
-            SELECT MIN(deadline_at) AS at FROM monitors
-            WHERE deadline_at > :now AND watching = 'yes'
-            UNION ALL
-            SELECT MIN(resumes_at) FROM monitors WHERE resumes_at > :now
-            UNION ALL
-            SELECT MIN(alert_at) FROM monitors WHERE alert_at > :now AND watching = 'yes'
-            UNION ALL
-            SELECT MIN(ends_by) FROM runs WHERE ends_by > :now
-            UNION ALL
-            SELECT MIN(due_at) FROM deliveries WHERE state = 'pending' AND due_at > :now
-        )
-        """,
-        {"now": now},
-    ).fetchone()[0]
-    return due
+# Absences
 
 
-def add_event(
-    db: sqlite3.Connection,
-    monitor_id: int,
-    type: str,
-    at: int,
-    held: sqlite3.Row,
-    reason: str | None = None,
-    heartbeat_id: int | None = None,
+def leave(
+    db: sqlite3.Connection, monitor_id: int, why: str, now: int, until: int | None = None
 ) -> None:
-    """What happened to a monitor; `held`: its row before that."""
+    """Stop watching a monitor because it is paused, disabled or removed."""
     db.execute(
-        """
-        INSERT INTO events (
-            monitor_id, type, at, reason, last_heartbeat_at, expected_at, down_ms, heartbeat_id
-        )
-        VALUES (:monitor, :type, :at, :reason, :last, :expected, :down_ms, :heartbeat)
-        """,
-        {"monitor": monitor_id, "type": type, "at": at, "reason": reason,
-         "last": held["received_at"], "expected": held["expected_at"],
-         "down_ms": max(0, at - held["since"]) if type == "up" else None,
-         "heartbeat": heartbeat_id},
+        "INSERT INTO gaps (monitor_id, why, from_at, to_at, open) VALUES (?, ?, ?, ?, 1)",
+        (monitor_id, why, now, until),
     )
+    db.execute("UPDATE monitors SET deadline_at = NULL WHERE id = ?", (monitor_id,))
+    db.execute("UPDATE heartbeats SET ends_by = NULL WHERE monitor_id = ? AND run IS NOT NULL",
+               (monitor_id,))
 
 
-def newest_event(
-    db: sqlite3.Connection, monitor_id: int, type: str | None = None
-) -> sqlite3.Row | None:
-    """The newest event of a monitor, or its newest one of that type."""
-    row: sqlite3.Row | None = db.execute(
-        """
-        SELECT *
-        FROM events
-        WHERE monitor_id = :monitor AND (:type IS NULL OR type = :type)
-        ORDER BY id DESC
-        LIMIT 1
-        """,
-        {"monitor": monitor_id, "type": type},
-    ).fetchone()
-    return row
-
-
-def fail_again(db: sqlite3.Connection, event_id: int, heartbeat_id: int) -> None:
-    """A monitor that is down has failed once more: what is said of it is the newest."""
-    db.execute(
-        "UPDATE events SET reason = 'failed', heartbeat_id = :heartbeat WHERE id = :event",
-        {"event": event_id, "heartbeat": heartbeat_id},
-    )
-
-
-def count_changes(db: sqlite3.Connection, monitor_id: int, after: int) -> int:
-    """How often a monitor has gone down or come up since."""
-    count: int = db.execute(
-        "SELECT COUNT(*) FROM events WHERE monitor_id = :monitor AND at > :after",
-        {"monitor": monitor_id, "after": after},
-    ).fetchone()[0]
-    return count
-
-
-def plan_alert(
-    db: sqlite3.Connection, monitor_id: int, alert_at: int | None, told: str | None = None
-) -> None:
-    """When the next alert about a monitor is due, and what people know of it from now on."""
-    db.execute(
-        "UPDATE monitors SET alert_at = :at, told = COALESCE(:told, told) WHERE id = :id",
-        {"id": monitor_id, "at": alert_at, "told": told},
-    )
-
-
-def down_monitors(db: sqlite3.Connection) -> list[sqlite3.Row]:
-    return db.execute(
-        "SELECT * FROM monitors WHERE state = 'down' AND watching = 'yes'"
-    ).fetchall()
-
-
-def held_alerts(db: sqlite3.Connection) -> list[sqlite3.Row]:
-    """The monitors that are down, but whose alert waits for news of those that they depend on."""
-    return db.execute(
-        """
-        SELECT *
-        FROM monitors
-        WHERE alert_at IS NOT NULL AND watching = 'yes' AND state = 'down' AND told = 'up'
-        """
-    ).fetchall()
-
-
-def queue_alert(
-    db: sqlite3.Connection, event_id: int, kind: str, channels: Iterable[str], at: int
-) -> None:
-    """A delivery for each of these channels; no reminder for one that waits with the news."""
-    db.executemany(
-        """
-        INSERT INTO deliveries (event_id, kind, channel, due_at)
-        SELECT :event, :kind, :channel, :due
-        WHERE :kind <> 'reminder' OR NOT EXISTS (
-            SELECT 1
-            FROM deliveries
-            WHERE event_id = :event AND channel = :channel AND state = 'pending'
-        )
-        """,
-        [
-            {"event": event_id, "kind": kind, "channel": channel, "due": at + DIGEST_WITHIN}
-            for channel in channels
-        ],
-    )
-
-
-def take_untold_gaps(db: sqlite3.Connection, shortest: int) -> list[sqlite3.Row]:
-    """The gaps in Larm's attention of which there was no alert yet, and is one now."""
-    return db.execute(
-        """
-        UPDATE gaps
-        SET told = 1
-        WHERE told = 0 AND monitor_id IS NULL AND to_at - from_at > :shortest
-        RETURNING *
-        """,
-        {"shortest": shortest},
-    ).fetchall()
-
-
-def open_troubles(db: sqlite3.Connection) -> list[sqlite3.Row]:
-    """The events of what is wrong with Larm itself, for those that have not ended."""
-    return db.execute(
-        """
-        SELECT *
-        FROM events
-        WHERE type = 'down'
-        AND id IN (SELECT MAX(id) FROM events WHERE topic IS NOT NULL GROUP BY topic)
-        ORDER BY id
-        """
-    ).fetchall()
-
-
-def report(
-    db: sqlite3.Connection,
-    topic: str,
-    type: str,
-    text: str,
-    channels: Iterable[str],
-    at: int,
-) -> None:
-    """An alert that something of Larm itself is in trouble ("down"), or is no longer ("up").
-
-    A trouble is reported once: again only after its end, or with another text.
+def come_back(db: sqlite3.Connection, gap: sqlite3.Row, now: int) -> None:
+    """End an absence. After a removal the monitor goes on with the time that it had left; after
+    any other it has one interval and its grace from now, and counts as up.
     """
-    known = db.execute(
-        """
-        SELECT type, text, at
-        FROM events
-        WHERE topic = :topic AND id > COALESCE(
-            (SELECT MAX(id) FROM events WHERE topic = :topic AND type = 'up'), 0
+    own = {"id": gap["monitor_id"], "gap": gap["id"], "now": now}
+    db.execute("UPDATE gaps SET open = 0, to_at = :now WHERE id = :gap", own)
+    if gap["why"] == "removed":
+        own["away"] = now - gap["from_at"]
+        db.execute("UPDATE monitors SET moved = moved + :away WHERE id = :id", own)
+        db.execute("UPDATE heartbeats SET moved = moved + :away WHERE monitor_id = :id "
+                   "AND run IS NOT NULL", own)
+    else:
+        db.execute("""
+            UPDATE monitors
+            SET since = IIF(state = 'up', since, :now), state = 'up', base_at = :now, moved = 0
+            WHERE id = :id AND state <> 'pending'
+            """, own)
+        db.execute("UPDATE heartbeats SET run = 'overdue', ends_by = NULL "
+                   "WHERE monitor_id = :id AND run = 'open'", own)
+
+
+def adopt(db: sqlite3.Connection, config: Config, now: int) -> list[Watched]:
+    """Make the database's monitors those of the configuration; no timer starts anew (law 7).
+
+    What is new gets a token and waits for its first ping. What is gone or disabled is not watched
+    from now on, and keeps its history. What is back goes on with the time that it had left.
+    """
+    monitors, known, absent = config.monitors, read_monitors(db), open_gaps(db)
+    new = [key for key in monitors if key not in known]
+    db.executemany("INSERT INTO monitors (key, name, made_token, since) VALUES (?, ?, ?, ?)",
+                   [(key, monitors[key].name, secrets.token_hex(16), now) for key in new])
+    known |= read_monitors(db) if new else {}
+    for key, row in known.items():
+        gaps, monitor = absent.get(row["id"], {}), monitors.get(key)
+        if monitor is None:
+            if "removed" not in gaps:
+                leave(db, row["id"], "removed", now)
+            continue
+        for why in ("removed", "disabled"):
+            if why in gaps and (why == "removed" or monitor.enabled):
+                come_back(db, gaps[why], now)
+        if not monitor.enabled and "disabled" not in gaps:
+            leave(db, row["id"], "disabled", now)
+    watched = [
+        Watched(known[key]["id"], one.token or known[key]["made_token"], one,
+                tuple(known[parent]["id"] for parent in ancestors(monitors, key)))
+        for key, one in monitors.items()
+    ]
+    set_deadlines(db, watched, now)
+    db.execute("DELETE FROM audience")
+    db.executemany("INSERT INTO audience VALUES (?, ?)",
+                   [(one.id, channel) for one in watched for channel in one.monitor.notify])
+    db.execute("""
+        INSERT INTO deliveries (event_id, channel, due_at)
+        SELECT d.event_id, a.channel, d.due_at
+        FROM deliveries d JOIN events e ON e.id = d.event_id
+        JOIN audience a ON a.monitor_id = e.monitor_id
+        WHERE d.channel = '' AND d.state = 'pending'
+        """)  # of a database of version 0.1, what had not been told
+    db.execute("DELETE FROM deliveries WHERE channel = ''")
+    db.execute("DELETE FROM channels WHERE name NOT IN (SELECT value FROM json_each(?))",
+               (json.dumps(list(config.channels)),))
+    return watched
+
+
+def set_deadlines(db: sqlite3.Connection, watched: Iterable[Watched], now: int) -> None:
+    """Bring names, deadlines, limits and reminders in line with the monitors' settings."""
+    known, absent = read_monitors(db), open_gaps(db)
+    running = {row[0] for row in db.execute(
+        "SELECT DISTINCT monitor_id FROM heartbeats WHERE run IS NOT NULL")}
+    changed = []
+    for one in watched:
+        row, deadline_at = known[one.monitor.key], None
+        if one.id not in absent:
+            if row["state"] == "up":
+                deadline_at = one.deadline(row["base_at"]) + row["moved"]
+            if one.id in running:
+                db.execute("UPDATE heartbeats SET ends_by = at + moved + ? WHERE monitor_id = ? "
+                           "AND run = 'open'", (one.monitor.max_runtime, one.id))
+            if row["state"] == "down" and one.monitor.remind:
+                plan_reminder(db, one.id, now + one.monitor.remind)
+        if (deadline_at, one.monitor.name) != (row["deadline_at"], row["name"]):
+            changed.append((deadline_at, one.monitor.name, one.id))
+    db.executemany("UPDATE monitors SET deadline_at = ?, name = ? WHERE id = ?", changed)
+
+
+def plan_reminder(db: sqlite3.Connection, monitor_id: int, at: int) -> None:
+    """Where the channels were told that a monitor went down, and nothing is planned."""
+    db.execute("""
+        UPDATE deliveries
+        SET due_at = :at
+        WHERE state = 'sent' AND due_at IS NULL AND event_id = (
+            SELECT id FROM events WHERE monitor_id = :monitor ORDER BY id DESC LIMIT 1
         )
-        ORDER BY id
-        """,
-        {"topic": topic},
-    ).fetchall()
-    if (type == "up" and not known) or any(row["text"] == text for row in known):
-        return
-    event = db.execute(
-        """
-        INSERT INTO events (type, at, topic, text, down_ms)
-        VALUES (:type, :at, :topic, :text, :down_ms)
-        """,
-        {"type": type, "at": at, "topic": topic, "text": text,
-         "down_ms": max(0, at - known[0]["at"]) if type == "up" else None},
-    )
-    queue_alert(db, event.lastrowid or 0, "change", channels, at)
+        """, {"monitor": monitor_id, "at": at})
 
 
-GIVE_UP_AFTER = 3 * DAY  # of trying to send an alert
-DIGEST_WITHIN = 3 * SECOND  # alerts to one channel that come so close together are one message
+def pause_or_resume(
+    db: sqlite3.Connection, monitor: Monitor, verb: str, span: int | None, now: int
+) -> None:
+    """Pause a monitor, for `span` milliseconds or until resumed, or resume it; a pause that lasts
+    keeps its beginning.
+
+    Raises ValueError for one that larm.toml disables, or that the database does not know yet.
+    """
+    row = read_monitors(db).get(monitor.key)
+    gaps = open_gaps(db).get(row["id"], {}) if row is not None else {}
+    if row is None or "removed" in gaps:
+        raise ValueError(f"{monitor.key} is not watched yet: start Larm once")
+    if not monitor.enabled:
+        raise ValueError(f"{monitor.key} is disabled in the file: set enabled = true there")
+    until, gap = None if span is None else now + span, gaps.get("paused")
+    if gap is None and verb == "pause":
+        leave(db, row["id"], "paused", now, until)
+    elif gap is not None and verb == "pause":
+        db.execute("UPDATE gaps SET to_at = ? WHERE id = ?", (until, gap["id"]))
+    elif gap is not None:
+        come_back(db, gap, now)
+        set_deadlines(db, [Watched(row["id"], "", monitor)], now)
 
 
-def write_ballast(db: sqlite3.Connection, _: object) -> None:
-    """As much as the largest ping takes, to find out whether there is room for one again."""
-    db.execute("UPDATE clock SET ballast = randomblob(16384)")
-
-
-def write_alive(db: sqlite3.Connection, now: int) -> None:
-    if not db.execute("UPDATE clock SET alive_at = :now", {"now": now}).rowcount:
-        db.execute("INSERT INTO clock (alive_at) VALUES (:now)", {"now": now})
-
-
-def shift_deadlines(db: sqlite3.Connection, from_at: int, to_at: int, set_by: int) -> None:
+def shift(db: sqlite3.Connection, from_at: int, to_at: int, set_by: int) -> None:
     """Give everything that runs back the time that Larm was away or that the clock was set by.
 
     Larm was not watching between from_at and to_at; what was heard after from_at lost only the
     rest of that. Then the clock was set by `set_by`, backwards where it is negative.
     """
     span = {"from": from_at, "to": to_at, "set_by": set_by, "sane": SANE}
-    heard = ":set_by + IIF(watching = 'yes', MAX(0, :to - MAX(:from, counts_from)), 0)"
-    paused = ":set_by + MAX(0, :to - MAX(:from, unwatched_at))"
-    db.execute(
-        f"""
-        UPDATE monitors
-        SET counts_from = counts_from + {heard}, expected_at = expected_at + {heard},
-            deadline_at = deadline_at + {heard}
-        WHERE deadline_at IS NOT NULL
-        """,
-        span,
-    )
-    db.execute(
-        f"""
-        UPDATE monitors
-        SET resumes_at = resumes_at + {paused}, unwatched_at = unwatched_at + :set_by
-        WHERE unwatched_at IS NOT NULL
-        """,
-        span,
-    )
-    db.execute(
-        """
-        UPDATE runs
-        SET started_at = started_at + :set_by,
-            ends_by = ends_by + :set_by + IIF(
-                monitor_id IN (SELECT id FROM monitors WHERE watching = 'yes'),
-                MAX(0, :to - MAX(:from, started_at)), 0
-            )
-        """,
-        span,
-    )
-    db.execute(
+    for statement in (
         """
         UPDATE monitors
-        SET alert_at = alert_at + :set_by + :to - :from
-        WHERE alert_at IS NOT NULL AND watching = 'yes'
+        SET moved = moved + :set_by + IIF(
+                deadline_at IS NULL, 0, MAX(0, :to - MAX(:from, base_at + moved))
+            ),
+            deadline_at = deadline_at + :set_by + MAX(0, :to - MAX(:from, base_at + moved))
+        WHERE state = 'up'
         """,
-        span,
-    )
-    db.execute(
+        """
+        UPDATE heartbeats
+        SET at = at + :set_by, ends_by = ends_by + :set_by + MAX(0, :to - MAX(:from, at)),
+            moved = moved + MAX(0, :to - MAX(:from, at))
+        WHERE run IS NOT NULL
+        AND NOT EXISTS (SELECT 1 FROM gaps g WHERE open AND g.monitor_id = heartbeats.monitor_id)
+        """,
+        """
+        UPDATE heartbeats
+        SET at = at + :set_by
+        WHERE run IS NOT NULL
+        AND EXISTS (SELECT 1 FROM gaps g WHERE open AND g.monitor_id = heartbeats.monitor_id)
+        """,
+        """
+        UPDATE gaps
+        SET from_at = from_at + :set_by,
+            to_at = to_at + :set_by + MAX(0, :to - MAX(:from, from_at))
+        WHERE open
+        """,
         """
         UPDATE deliveries
-        SET due_at = due_at + :set_by, first_tried_at = first_tried_at + :set_by
-        WHERE state = 'pending'
+        SET due_at = due_at + :set_by + IIF(state = 'sent', :to - :from, 0),
+            tried_from = tried_from + :set_by
+        WHERE due_at IS NOT NULL
         """,
-        span,
-    )
-    db.execute("UPDATE channels SET failing_since = failing_since + :set_by", span)
-    if to_at < SANE <= to_at + set_by:  # what a clock that was not set had dated is dated anew
-        for table, column in (("heartbeats", "at"), ("events", "at"), ("monitors", "created_at"),
-                              ("monitors", "since"), ("monitors", "received_at")):
-            db.execute(
-                f"UPDATE {table} SET {column} = {column} + :set_by WHERE {column} < :sane", span
-            )
-    else:
-        db.execute("INSERT INTO gaps (from_at, to_at) VALUES (:from, :to + :set_by)", span)
-
-
-def due_resumptions(db: sqlite3.Connection, now: int) -> list[sqlite3.Row]:
-    """The monitors whose timed pause is over."""
-    return db.execute(
-        """
-        SELECT *
-        FROM monitors
-        WHERE resumes_at <= :now AND watching = 'paused'
-        """,
-        {"now": now},
-    ).fetchall()
-
-
-Gap = sqlite3.Row | dict[str, Any]  # monitor_id, from_at, to_at
-
-
-def gaps_since(db: sqlite3.Connection, start: int) -> list[sqlite3.Row]:
-    """The gaps in Larm's attention and the monitors' pauses that end after a moment."""
-    return db.execute(
-        "SELECT * FROM gaps WHERE to_at > :start ORDER BY id", {"start": start}
-    ).fetchall()
-
-
-def channels_due(db: sqlite3.Connection, now: int) -> list[str]:
-    """The channels that have something to send by now."""
-    rows = db.execute(
-        """
-        SELECT DISTINCT channel
-        FROM deliveries
-        WHERE state = 'pending' AND due_at <= :now
-        """,
-        {"now": now},
-    )
-    return [row["channel"] for row in rows]
-
-
-def pending_alerts(db: sqlite3.Connection, channel: str) -> list[sqlite3.Row]:
-    """What a channel has to be told: for each monitor, and each trouble of Larm's, its newest
-    unsent alert, with its event and monitor.
-
-    `ids` are its unsent deliveries, `down_from` is when it went down first, of what is unsent, and
-    `downs` how often; `ready_at` is when the first of them was tried, or is to be.
-    """
-    return db.execute(
-        """
-        SELECT g.*, d.kind, e.type, e.at, e.reason, e.last_heartbeat_at, e.expected_at, e.down_ms,
-            e.topic, e.text, m.key, m.name, h.body, h.exit_status, h.duration_ms,
-            (
-                SELECT MAX(started_at)
-                FROM runs
-                WHERE monitor_id = m.id AND started_at > COALESCE(e.last_heartbeat_at, 0)
-            ) AS running_since,
-            EXISTS (
-                SELECT 1 FROM heartbeats WHERE monitor_id = m.id AND signal = 'start'
-            ) AS says_start
-        FROM (
-            SELECT MAX(d.id) AS id, GROUP_CONCAT(d.id) AS ids, MAX(d.attempts) AS attempts,
-                MIN(d.due_at) AS due_at, MIN(IIF(type = 'down', e.at, NULL)) AS down_from,
-                SUM(kind = 'change' AND type = 'down') AS downs,
-                MIN(COALESCE(first_tried_at, due_at)) AS ready_at
-            FROM deliveries d
-            JOIN events e ON e.id = d.event_id
-            WHERE d.channel = :channel AND d.state = 'pending'
-            GROUP BY COALESCE(e.topic, e.monitor_id)
-            ORDER BY MAX(d.id)
-            LIMIT :limit
-        ) g
-        JOIN deliveries d ON d.id = g.id
-        JOIN events e ON e.id = d.event_id
-        LEFT JOIN monitors m ON m.id = e.monitor_id
-        LEFT JOIN heartbeats h ON h.id = e.heartbeat_id
-        ORDER BY g.id
-        """,
-        {"channel": channel, "limit": BATCH},
-    ).fetchall()
-
-
-def note_attempt(
-    db: sqlite3.Connection,
-    channel: str,
-    deliveries: Iterable[int],
-    state: str,
-    now: int,
-    due_at: int,
-    error: str | None,
-) -> None:
-    """What became of an attempt to send these deliveries. pending: try again at due_at, unless it
-    has been tried for too long.
-    """
-    db.executemany(
-        """
-        UPDATE deliveries
-        SET state = IIF(:state = 'pending' AND first_tried_at < :too_long_ago, 'failed', :state),
-            attempts = attempts + 1, at = :now, due_at = :due, error = :error,
-            first_tried_at = COALESCE(first_tried_at, :now)
-        WHERE id = :id AND state = 'pending'
-        """,
-        [
-            {"id": id, "state": state, "now": now, "due": due_at, "error": error,
-             "too_long_ago": now - GIVE_UP_AFTER}
-            for id in deliveries
-        ],
-    )
-    db.execute("INSERT OR IGNORE INTO channels (name) VALUES (:name)", {"name": channel})
-    db.execute(
         """
         UPDATE channels
-        SET sent_at = IIF(:error IS NULL, :now, sent_at), error = COALESCE(:error, error),
-            failed_at = IIF(:error IS NULL, failed_at, :now),
-            failing_since = IIF(:error IS NULL, NULL, COALESCE(failing_since, :now))
-        WHERE name = :name
+        SET failing_since = failing_since + :set_by, failed_at = failed_at + :set_by,
+            sent_at = sent_at + :set_by
         """,
-        {"name": channel, "error": error, "now": now},
-    )
-
-
-def read_channels(db: sqlite3.Connection) -> dict[str, sqlite3.Row]:
-    """What became of the last attempts to send to each channel, and how many alerts it waits for,
-    by name.
-    """
-    rows = db.execute(
-        """
-        SELECT c.*, COUNT(d.id) AS pending
-        FROM (
-            SELECT * FROM channels
-            UNION
-            SELECT DISTINCT channel, NULL, NULL, NULL, NULL
-            FROM deliveries
-            WHERE state = 'pending' AND channel NOT IN (SELECT name FROM channels)
-        ) c
-        LEFT JOIN deliveries d ON d.channel = c.name AND d.state = 'pending'
-        GROUP BY c.name
-        """
-    )
-    return {row["name"]: row for row in rows}
-
-
-def is_delivery_stuck(db: sqlite3.Connection, now: int) -> bool:
-    """Whether an alert has been due for long, or has been tried for very long, without success."""
-    stuck = db.execute(
-        """
-        SELECT 1
-        FROM deliveries
-        WHERE state = 'pending' AND (due_at < :due OR first_tried_at < :tried)
-        LIMIT 1
-        """,
-        {"due": now - 5 * MINUTE, "tried": now - HOUR},
-    )
-    return stuck.fetchone() is not None
-
-
-def recent_heartbeats(
-    db: sqlite3.Connection, monitor_id: int, limit: int, before: int | None = None
-) -> list[sqlite3.Row]:
-    """The newest heartbeats of a monitor, newest first; `before`: those older than that id."""
-    return db.execute(
-        """
-        SELECT *
-        FROM heartbeats
-        WHERE monitor_id = :monitor AND (:before IS NULL OR id < :before)
-        ORDER BY id DESC
-        LIMIT :limit
-        """,
-        {"monitor": monitor_id, "limit": limit, "before": before},
-    ).fetchall()
-
-
-def state_changes(db: sqlite3.Connection, start: int) -> dict[int, list[sqlite3.Row]]:
-    """The events since a moment, and the last one before it, by monitor id, oldest first."""
-    changes: dict[int, list[sqlite3.Row]] = defaultdict(list)
-    rows = db.execute(
-        """
-        SELECT monitor_id, type, at
-        FROM events
-        WHERE monitor_id IS NOT NULL
-        AND at >= :start
-        OR id IN (SELECT MAX(id) FROM events WHERE at < :start GROUP BY monitor_id)
-        ORDER BY id
-        """,
-        {"start": start},
-    )
-    for row in rows:
-        changes[row["monitor_id"]].append(row)
-    return changes
-
-
-def newest_id(db: sqlite3.Connection, table: str) -> int:
-    """0 where it is empty."""
-    newest: int = db.execute(f"SELECT COALESCE(MAX(id), 0) FROM {table}").fetchone()[0]
-    return newest
-
-
-def list_heartbeats(
-    db: sqlite3.Connection, key: str, before: int, limit: int
-) -> list[sqlite3.Row]:
-    """A monitor's heartbeats whose ids are below `before`, newest first."""
-    return db.execute(
-        """
-        SELECT *
-        FROM heartbeats
-        WHERE monitor_id = (SELECT id FROM monitors WHERE key = :key) AND id < :before
-        ORDER BY id DESC
-        LIMIT :limit
-        """,
-        {"key": key, "before": before, "limit": limit},
-    ).fetchall()
-
-
-def list_events(
-    db: sqlite3.Connection, before: int, limit: int, after: int = 0
-) -> list[sqlite3.Row]:
-    """The monitors' events with ids between the two, with their keys, newest first."""
-    return db.execute(
-        """
-        SELECT e.*, m.key
-        FROM events e
-        JOIN monitors m ON m.id = e.monitor_id
-        WHERE e.id > :after AND e.id < :before
-        ORDER BY e.id DESC
-        LIMIT :limit
-        """,
-        {"after": after, "before": before, "limit": limit},
-    ).fetchall()
-
-
-def deliveries_between(
-    db: sqlite3.Connection, first: int, last: int
-) -> dict[int, list[sqlite3.Row]]:
-    """The deliveries of the events with such ids, by event id."""
-    deliveries: dict[int, list[sqlite3.Row]] = defaultdict(list)
-    rows = db.execute(
-        "SELECT * FROM deliveries WHERE event_id BETWEEN :first AND :last ORDER BY id",
-        {"first": first, "last": last},
-    )
-    for row in rows:
-        deliveries[row["event_id"]].append(row)
-    return deliveries
-
-
-def count_pending(db: sqlite3.Connection) -> dict[str, int]:
-    """How many alerts each channel has yet to send."""
-    rows = db.execute(
-        "SELECT channel, COUNT(*) FROM deliveries WHERE state = 'pending' GROUP BY channel"
-    )
-    return dict(rows.fetchall())
-
-
-_NEWEST = 2**63 - 1  # greater than any id
-
-
-def recent_events(
-    db: sqlite3.Connection, monitor_id: int | None, limit: int, before: int | None = None
-) -> list[dict[str, Any]]:
-    """The events of a monitor, or of all, newest first, each with its list of deliveries."""
-    rows = db.execute(
-        f"""
-        SELECT e.*, m.key, h.exit_status
-        FROM events e
-        JOIN monitors m ON m.id = e.monitor_id
-        LEFT JOIN heartbeats h ON h.id = e.heartbeat_id
-        WHERE e.id < :before {"" if monitor_id is None else "AND e.monitor_id = :monitor"}
-        ORDER BY e.id DESC
-        LIMIT :limit
-        """,
-        {"monitor": monitor_id, "before": before or _NEWEST, "limit": limit},
-    )
-    events = {row["id"]: dict(row) | {"deliveries": []} for row in rows}
-    for delivery in db.execute(
-        """
-        SELECT event_id, channel, state, attempts, at, error
-        FROM deliveries
-        WHERE event_id IN (SELECT value FROM json_each(:events))
-        ORDER BY id
-        """,
-        {"events": json.dumps(list(events))},
+        "UPDATE messages SET at = at + :set_by",
     ):
-        events[delivery["event_id"]]["deliveries"].append(delivery)
-    return list(events.values())
-
-
-def causes(db: sqlite3.Connection) -> dict[str, sqlite3.Row]:
-    """Why the monitors that are down went down, by key, with the end of the job's output."""
-    rows = db.execute(
-        """
-        SELECT m.key, e.reason, h.exit_status, SUBSTR(h.body, -1000) AS output
-        FROM monitors m
-        JOIN events e ON e.monitor_id = m.id AND e.at = m.since AND e.type = 'down'
-        LEFT JOIN heartbeats h ON h.id = e.heartbeat_id
-        WHERE m.state = 'down'
-        ORDER BY e.id
-        """
-    )
-    return {row["key"]: row for row in rows}
-
-
-def prune_heartbeats(db: sqlite3.Connection, after: int, count: int, before: int) -> int:
-    """Delete, of the `count` monitors whose ids follow `after`, the removed ones too, heartbeats
-    that are older than `before` or not among the newest, and the bodies of those that are not among
-    the very newest; but for those of an event. Returns the last of these ids, 0 after them all.
-    """
-    monitors = db.execute(
-        "SELECT id FROM monitors WHERE id > :after ORDER BY id LIMIT :count",
-        {"after": after, "count": count},
-    ).fetchall()
-    old = """
-        SELECT id
-        FROM heartbeats h
-        WHERE monitor_id = :monitor
-        AND (
-            at < :before
-            OR id <= (
-                SELECT id
-                FROM heartbeats
-                WHERE monitor_id = :monitor
-                ORDER BY id DESC
-                LIMIT 1 OFFSET :kept
-            )
-        )
-        AND NOT EXISTS (SELECT 1 FROM events WHERE heartbeat_id = h.id)
-        ORDER BY id
-        LIMIT :limit
-        """
-    for row in monitors:
-        db.execute(
-            f"DELETE FROM heartbeats WHERE id IN ({old})",
-            {"monitor": row["id"], "before": before, "kept": NEWEST_KEPT, "limit": BATCH},
-        )
-        db.execute(
-            f"UPDATE heartbeats SET body = NULL WHERE body IS NOT NULL AND id IN ({old})",
-            {"monitor": row["id"], "before": 0, "kept": BODIES_KEPT, "limit": NEWEST_KEPT},
-        )
-    return monitors[-1]["id"] if monitors else 0
-
-
-def prune_events(db: sqlite3.Connection, before: int) -> None:
-    """Delete some of the gaps and events that are older, but for what still matters."""
-    db.execute(
-        """
-        DELETE FROM events
-        WHERE id IN (
-            SELECT id
-            FROM events e
-            WHERE at < :before
-            AND NOT EXISTS (
-                SELECT 1 FROM monitors WHERE id = e.monitor_id AND state = 'down' AND since = e.at
-            )
-            AND NOT EXISTS (SELECT 1 FROM deliveries WHERE event_id = e.id AND state = 'pending')
-            LIMIT :limit
-        )
-        """,
-        {"before": before, "limit": BATCH},
-    )
-    db.execute("DELETE FROM gaps WHERE to_at < :before", {"before": before})
-
-
-# ======================================================================================
-# States: what leads from one state to another, and who is told of it when.
-# ======================================================================================
-
-TRANSITIONS = {  # (state, what happened): (the state then, the event)
-    ("pending", "success"): ("up", None),
-    ("pending", "fail"): ("down", "down"),
-    ("pending", "start"): ("pending", None),
-    ("pending", "log"): ("pending", None),
-    ("pending", "overran"): ("down", "down"),
-    ("up", "success"): ("up", None),
-    ("up", "fail"): ("down", "down"),
-    ("up", "start"): ("up", None),
-    ("up", "log"): ("up", None),
-    ("up", "missed"): ("down", "down"),
-    ("up", "overran"): ("down", "down"),
-    ("down", "success"): ("up", "up"),
-    ("down", "fail"): ("down", None),  # the reason and the output are the newest
-    ("down", "start"): ("down", None),
-    ("down", "log"): ("down", None),
-    ("down", "overran"): ("down", None),
-}
-REASONS = {"fail": "failed", "missed": "missed", "overran": "overran"}
-
-FLAPS, FLAPS_WITHIN = 6, 10  # more changes than that in so many intervals are flapping,
-SETTLED_AFTER = 3  # until the monitor has held one state for so many
-
-
-def enter(
-    db: sqlite3.Connection,
-    family: Mapping[int, Watched],
-    watched: Watched,
-    held: sqlite3.Row,
-    signal: str,
-    at: int,
-    heartbeat_id: int | None = None,
-) -> None:
-    """Take a monitor through TRANSITIONS, if it still is as `held` says (law 4).
-
-    State, event and deliveries are the caller's one transaction. `family`: all that is watched.
-    """
-    state, event = TRANSITIONS[held["state"], signal]
-    if state == held["state"]:
-        newest = newest_event(db, watched.id, "down") if signal == "fail" else None
-        if newest is not None and heartbeat_id is not None:
-            fail_again(db, newest["id"], heartbeat_id)
-        return
-    if not change_state(db, watched, state, at, held):
-        return
-    if state == "up":
-        hear(db, [(watched, at)])
-    if event:
-        add_event(db, watched.id, event, at, held, REASONS.get(signal), heartbeat_id)
-        consider_alert(db, watched, at)
-        dependents = {id for id, one in family.items() if watched.id in one.above}
-        for row in down_monitors(db) if dependents else ():
-            if row["id"] in dependents:
-                consider_alert(db, family[row["id"]], at)
-
-
-def held_until(db: sqlite3.Connection, watched: Watched, row: sqlite3.Row) -> int | None:
-    """Until when the alert about a monitor that is down waits for news of those that it depends
-    on; None: for as long as one of them is down.
-
-    One that was not heard of since may be down, too: its deadline will tell. After its return, a
-    job whose ping was due while it was away has the time that it had left, and one interval.
-    """
-    since: int = row["since"]
-    until, event = since, newest_event(db, watched.id)
-    expected_at = event["expected_at"] if event is not None else None
-    for parent_id in watched.above:
-        parent = read_monitor(db, parent_id)
-        if parent["watching"] != "yes":
-            continue
-        if parent["state"] == "down":
-            return None
-        if (parent["received_at"] or 0) < since:
-            until = max(until, (parent["deadline_at"] or 0) + 1)
-        back = newest_event(db, parent_id, "up")
-        if back and (row["received_at"] or 0) < back["at"] and (expected_at or since) <= back["at"]:
-            had_left = max(0, since - (back["at"] - back["down_ms"]))
-            until = max(until, back["at"] + had_left + watched.monitor.interval)
-    return until
-
-
-def next_alert_at(
-    db: sqlite3.Connection, watched: Watched, row: sqlite3.Row, now: int
-) -> int | None:
-    """When the next alert about a monitor is due, as things stand; None: there is none."""
-    monitor, is_down, since = watched.monitor, row["state"] == "down", int(row["since"])
-    until = held_until(db, watched, row) if is_down else now
-    if until is None:
-        return None
-    if row["told"] == "flapping":
-        return max(until, since + SETTLED_AFTER * monitor.interval)
-    if row["told"] != row["state"]:
-        return max(until, now)
-    if is_down and monitor.remind:
-        return min(row["alert_at"] or NEVER, now + monitor.remind)
-    return None
-
-
-def consider_alert(db: sqlite3.Connection, watched: Watched, now: int) -> None:
-    """Plan the next alert about a monitor, and queue it where it is due by now.
-
-    To be called when its state has changed, or that of one that it depends on, or its settings.
-    """
-    row = read_monitor(db, watched.id)
-    due = next_alert_at(db, watched, row, now)
-    if due != row["alert_at"]:
-        plan_alert(db, watched.id, due)
-    if due is not None and due <= now:
-        send_alert(db, watched, now)
-
-
-def send_alert(db: sqlite3.Connection, watched: Watched, now: int) -> None:
-    """Queue the alert that is due about a monitor: what people do not know yet, or a reminder."""
-    row, event = read_monitor(db, watched.id), newest_event(db, watched.id)
-    monitor, state, told = watched.monitor, row["state"], row["told"]
-    calm_from = row["since"] - FLAPS_WITHIN * monitor.interval
-    waits = state == "down" and held_until(db, watched, row) is None
-    if event is None or waits or (state == told and not monitor.remind):
-        plan_alert(db, watched.id, None)
-        return
-    if told == "flapping":
-        kind, told = "settled", state
-    elif state == told:
-        kind = "reminder"
-    elif count_changes(db, watched.id, calm_from) > FLAPS:
-        kind, told = "flapping", "flapping"
+        db.execute(statement, {name: span[name] for name in span if f":{name}" in statement})
+    if to_at < SANE <= to_at + set_by:  # what a clock that was not set had dated is dated anew
+        for table, columns in {"heartbeats": ["at"], "events": ["at"], "gaps": ["from_at", "to_at"],
+                               "monitors": ["since", "heard_from", "received_at"]}.items():
+            for column in columns:
+                db.execute(f"UPDATE {table} SET {column} = {column} + ? WHERE {column} < ?",
+                           (set_by, SANE))
     else:
-        kind, told = "change", state
-    queue_alert(db, event["id"], kind, monitor.notify, row["alert_at"])
-    if told == "flapping":
-        following = row["since"] + SETTLED_AFTER * monitor.interval
-    else:
-        following = now + monitor.remind if monitor.remind and state == "down" else None
-    plan_alert(db, watched.id, following, told)
+        gaps = {"away": (from_at + set_by, to_at + set_by), "clock": (from_at, from_at + set_by)}
+        db.executemany(
+            "INSERT INTO gaps (why, from_at, to_at, open) VALUES (?, ?, ?, 0)",
+            [(why, start, end) for why, (start, end) in gaps.items() if start != end],
+        )
 
 
 # ======================================================================================
-# Intake: decides what a ping means. Knows nothing of HTTP.
+# Intake: token → monitor, the throttle's memory, recording. Knows nothing of HTTP.
 # ======================================================================================
 
-BODY_KEPT = 10_000  # bytes of a ping's body, its last ones
-_CHANGES_AFTER = {  # the signals that change something next, and are not to be throttled here
-    "success": ("start",), "fail": ("success", "start"), "start": ("success",), "log": (),
-}
-STRANGERS_KEPT = 20  # of the unknown tokens that were pinged and their senders
+ODD_KEPT = 20  # of the odd pings and their senders
 _EXIT_STATUS = re.compile(r"0|[1-9][0-9]{0,2}")
 
 
@@ -2520,25 +2393,28 @@ def read_signal(action: str) -> tuple[str, int | None] | None:
     return None
 
 
-@dataclass(frozen=True)
-class Stranger:
-    """Pings from one sender with a token that is no monitor's: a typo, or a monitor that is gone.
+@dataclass(frozen=True, slots=True)
+class OddPing:
+    """Pings from one sender that change nothing: with a token that is no monitor's (a typo, or a
+    monitor that is gone), or a monitor's with an action that has no meaning.
 
-    Of the token only its first 4 characters: enough to find the typo, too little to be a secret.
+    Of a token only its first 4 characters: enough to find the typo, too little to be a secret.
     """
 
-    start: str
+    key: str | None  # of the monitor; None: the token is unknown
+    text: str  # the token's beginning, or the action
     sender: str
     count: int
     at: int  # of the last one
 
 
 class Intake:
-    """Takes pings: drops what is throttled, has the rest recorded, and knows what it heard last.
+    """Takes pings: what the throttle would drop is answered from memory, the rest is recorded.
 
-    A throttled ping is dropped without touching the database; that it came is remembered here, and
-    written with the watcher's next tick. `lock` makes one step of reading the clock, deciding on
-    the throttle and queueing the write, so that pings are recorded in the order of their times.
+    The memory learns from the writer, after the commit, that a success was dropped and until when
+    the next will be; it is silent about a monitor of which something is under way. That a ping came
+    is remembered, too, and written by the watcher. `lock` makes one step of dating a ping and
+    queueing it, so that the order is that of their times.
     """
 
     def __init__(self, store: Store, clock: Clock) -> None:
@@ -2547,183 +2423,154 @@ class Intake:
         self._clock = clock
         self._by_token: Mapping[str, Watched] = {}
         self._by_id: Mapping[int, Watched] = {}
-        self._recent: dict[tuple[int, str], tuple[int, Write[None]]] = {}
-        self._heard: dict[int, int] = {}  # monitor id -> when the last success was received
-        self._unwritten: set[int] = set()  # the monitors whose last success was throttled
-        self.throttled = 0  # pings, since the start
-        self._strangers: dict[tuple[str, str], Stranger] = {}  # the newest stands last
+        self._until: dict[int, int] = {}  # monitor id -> the throttle's end; monotonic, as below
+        self._heard: dict[int, int] = {}  # monitor id -> its last success that is in no database
+        self._under_way: dict[int, Write[None]] = {}  # by monitor id, the last write
+        self._recorded: Counter[int] = Counter()  # pings by monitor id, since it was pruned
+        self._odd: dict[tuple[str | None, str, str], OddPing] = {}  # the newest stands last
+        self._answered: Write[None] = Write(nothing, None)
+        self._answered.value = None
+        self._answered.finish()
 
     def use(self, watched: Iterable[Watched]) -> None:
         """Take over a configuration's monitors; part of the operation that adopts them."""
-        self._by_id = {one.id: one for one in watched}
-        made_last = sorted(self._by_id.values(), key=lambda one: one.monitor.token is None)
-        self._by_token = {one.token: one for one in made_last}  # nobody takes a token Larm made
+        by_id = {one.id: one for one in watched}
+        made_last = sorted(by_id.values(), key=lambda one: one.monitor.token is None)
+        with self.lock:
+            self._by_id = by_id
+            self._by_token = {one.token: one for one in made_last}  # nobody takes one Larm made
+            self._until.clear()
 
-    def receive(
-        self, token: str, action: str, ping: Callable[[str, int | None], Ping], sender: str = ""
-    ) -> None:
-        """Return once the ping is on disk, or at once where there is nothing to record.
+    def take(self, token: str, action: str, read: Callable[[str, int | None], Ping],
+             sender: str) -> Write[None]:
+        """The write that the answer to a ping waits for. Raises Unrecordable, whatever the token.
 
-        `ping` makes a Ping of (signal, exit status). Raises Unrecordable, whatever the token.
+        `read` makes a Ping of (signal, exit status).
         """
         if self._store.failure:
             raise Unrecordable(self._store.failure)
-        watched = self._by_token.get(token)
-        meaning = read_signal(action)
-        if watched is None:
-            self._remember(token[:4], sender)
+        watched, meaning = self._by_token.get(token), read_signal(action)
         if watched is None or meaning is None:
-            return
-        write = self._accept(watched, ping(*meaning))
-        try:
-            write.result()
-        except Exception:
-            self._recent.pop((watched.id, meaning[0]), None)
-            raise
-
-    def _remember(self, start: str, sender: str) -> None:
+            self._note_odd(watched.monitor.key if watched else None,
+                           action[:20] if watched else token[:4], sender)
+            return self.take_nothing()
+        ping, id = read(*meaning), watched.id
         with self.lock:
-            before = self._strangers.pop((start, sender), None)
-            count = before.count + 1 if before else 1
-            self._strangers[start, sender] = Stranger(start, sender, count, self._clock.now())
-            if len(self._strangers) > STRANGERS_KEPT:
-                del self._strangers[next(iter(self._strangers))]
+            at, under_way = self._clock.monotonic(), self._under_way.get(id)
+            if ping.signal != "success" or at >= self._until.get(id, at) or (
+                under_way is not None and not under_way.is_done()
+            ):
+                write = self._store.gather(self._record, (watched, ping, at))
+                self._under_way[id] = write
+                return write
+            self._heard[id] = at
+        return self.take_nothing()
 
-    def strangers(self) -> list[Stranger]:
-        """The pings with unknown tokens since the start, the newest first."""
-        with self.lock:
-            return list(self._strangers.values())[::-1]
+    def take_nothing(self) -> Write[None]:
+        """While the writer is busy, what need not be recorded waits for it like what must (law 1).
+        Raises Unrecordable.
+        """
+        if self._store.failure:
+            raise Unrecordable(self._store.failure)
+        return self._store.gather(nothing, None) if self._store.is_busy else self._answered
 
-    def _accept(self, watched: Watched, ping: Ping) -> Write[None]:
-        """The write that this ping's answer waits for: its own, or what it was throttled by."""
-        key = watched.id, ping.signal
-        with self.lock:
-            at = self._clock.now()
-            if ping.signal == "success":
-                self._heard[watched.id] = at
-            if key in self._recent and ping.signal != "fail":  # it may be one after a pause
-                stored_at, write = self._recent[key]
-                if 0 <= at - stored_at < watched.monitor.window:
-                    self.throttled += 1
-                    if ping.signal == "success":
-                        self._unwritten.add(watched.id)
-                    return write
-            write = self._store.gather(self._record, Received(watched, ping, at))
-            self._recent[key] = at, write
-            for following in _CHANGES_AFTER[ping.signal]:
-                self._recent.pop((watched.id, following), None)
-            return write
+    def _record(self, db: sqlite3.Connection, received: list[tuple[Watched, Ping, int]]) -> None:
+        """The operation."""
+        pings = [(self._by_id.get(watched.id, watched), ping, self._clock.at(at))
+                 for watched, ping, at in received]
+        take_pings(db, pings)
+        throttled, zero = take_throttled(db), self._clock.at(0)
 
-    def _record(self, db: sqlite3.Connection, received: list[Received]) -> None:
-        """The operation: the heartbeats, and what they do to their monitors' states."""
-        for successes, run in itertools.groupby(received, lambda one: one.ping.signal == "success"):
-            batch = [self._current(one) for one in run]
-            if successes and take_pings(db, batch):
-                continue
-            for one in batch:
-                if not successes:
-                    take_pings(db, [one])
-                self._change_state(db, one)
+        def learn() -> None:
+            with self.lock:
+                for watched, _, _ in received:
+                    self._until.pop(watched.id, None)
+                    self._recorded[watched.id] += 1
+                self._until |= {id: until - zero for id, until in throttled.items()}
 
-    def _change_state(self, db: sqlite3.Connection, one: Received) -> None:
-        """What a ping that was stored a moment ago, if it was, does to a monitor's state."""
-        held = read_monitor(db, one.watched.id)
-        heartbeat_id = heartbeat_of(db, one)
-        if one.ping.signal == "start" and heartbeat_id is not None:
-            open_run(db, one)
-        elif one.ping.signal in ("success", "fail") and end_run(db, one, heartbeat_id):
-            self.forget(one.watched.id, "success")  # the next one may end another run
-        if held["watching"] != "yes":
-            self.forget(one.watched.id, one.ping.signal)  # the first one after the pause counts
-            if one.ping.signal == "success":
-                note_received(db, one)
-        elif (held["state"], one.ping.signal) == ("up", "success"):
-            hear(db, [(one.watched, one.at)])
-        elif heartbeat_id is not None:
-            enter(db, self._by_id, one.watched, held, one.ping.signal, one.at, heartbeat_id)
+        self._store.after_commit.append(learn)
 
-    def forget(self, monitor_id: int, signal: str) -> None:
-        """The next ping with this signal changes something: let it through to the database."""
-        with self.lock:
-            self._recent.pop((monitor_id, signal), None)
-
-    def _current(self, one: Received) -> Received:
-        """The same with its monitor as it is configured by now."""
-        watched = self._by_id.get(one.watched.id, one.watched)
-        return one if watched is one.watched else dataclasses.replace(one, watched=watched)
-
-    def heard_since(self, monitor_id: int, counts_from: int) -> int | None:
-        """When a success was received that moves the deadline on; None: silence.
-
-        After silence the next ping goes to the database, since it changes the state.
+    def take_heard(self) -> list[tuple[Watched, int]]:
+        """The successes that only memory knows, to be written by the operation that asks: the
+        memory answers nothing meanwhile, and forgets them after the commit.
         """
         with self.lock:
-            heard_at = self._heard.get(monitor_id)
-            if heard_at is not None and heard_at > counts_from:
-                return heard_at
-            self._recent.pop((monitor_id, "success"), None)
-            return None
+            self._until.clear()
+            self._under_way = {id: write for id, write in self._under_way.items()
+                               if not write.is_done()}
+            heard = dict(self._heard)
 
-    def take_unwritten(self) -> list[tuple[Watched, int]]:
-        """The throttled successes that the database does not know of yet. Needs the lock."""
-        unwritten = [
-            (self._by_id[id], self._heard[id]) for id in self._unwritten if id in self._by_id
-        ]
-        self._unwritten.clear()
-        return unwritten
+        def forget() -> None:
+            with self.lock:
+                for id, at in heard.items():
+                    if self._heard.get(id) == at:
+                        del self._heard[id]
 
-    def heard(self) -> list[tuple[Watched, int]]:
-        """The last success of each monitor since the clock was set."""
+        self._store.after_commit.append(forget)
+        return [(self._by_id[id], self._clock.at(at)) for id, at in heard.items()
+                if id in self._by_id]
+
+    def take_recorded(self, least: int, most: int) -> list[int]:
+        """Some monitors of which at least so many pings were recorded since they were named last.
+        """
         with self.lock:
-            return [(self._by_id[id], at) for id, at in self._heard.items() if id in self._by_id]
+            found = [id for id, count in self._recorded.items() if count >= least][:most]
+            for id in found:
+                del self._recorded[id]
+        return found
 
-    def forget_times(self) -> None:
-        """What was heard before the clock was set says nothing after it. Needs the lock."""
-        self._heard.clear()
+    def _note_odd(self, key: str | None, text: str, sender: str) -> None:
+        with self.lock:
+            before = self._odd.pop((key, text, sender), None)
+            count = before.count + 1 if before else 1
+            self._odd[key, text, sender] = OddPing(key, text, sender, count, self._clock.now())
+            if len(self._odd) > ODD_KEPT:
+                del self._odd[next(iter(self._odd))]
+
+    def odd_pings(self) -> list[OddPing]:
+        """The pings that changed nothing since the start, the newest first."""
+        with self.lock:
+            return list(self._odd.values())[::-1]
 
 
 # ======================================================================================
-# Watcher: decides what silence means.
+# Watcher: what silence means. One operation a tick, one sleep until the next due moment.
 # ======================================================================================
 
 TICK = 1 * SECOND  # the longest sleep between two ticks
-STALL = 2 * SECOND  # a tick so late judges nothing: pings may be waiting to be taken
 GAP = 10 * SECOND  # a tick so late means that Larm was stopped
 CLOCK_SET = 5 * SECOND  # a wall clock that moved so far against the monotonic one was set
-PRUNED_A_TICK = 10  # monitors
+TRUST_AFTER = 1 * HOUR  # from the start, or after the clock was set, until its date prunes history
+PRUNED_A_TICK = 200  # monitors
+PRUNED_EVERY = 50  # pings recorded of one monitor
 CHECK_EVERY = 1 * MINUTE  # of Larm's own health
 LITTLE_SPACE = 50_000_000  # bytes of free disk
 LONG_GAP = FAILING_FOR = 1 * HOUR  # of a gap, of a channel that takes nothing
 UNRECORDED_FOR = 10 * SECOND
-_UNRECORDABLE = "heartbeats can't be recorded"
-SEEN_FOR_ADVICE = 5  # heartbeats
-HALF_HOUR = 30 * MINUTE
-TRUST_AFTER = 1 * HOUR  # from the start, or after the clock was set, until its date prunes history
+
+Step = Callable[[sqlite3.Connection, int], None]  # of a tick: the writer's connection, now
 
 
 class Watcher:
-    """One thread that finds missed deadlines and the gaps in its own attention."""
+    """Finds missed deadlines and the gaps in its own attention."""
 
-    def __init__(self, store: Store, clock: Clock, intake: Intake) -> None:
-        self.ticked = clock.monotonic()  # the last tick
+    def __init__(self, store: Store, clock: Clock, intake: Intake, steps: Sequence[Step]) -> None:
+        """`steps`: what else is part of each tick."""
+        self.caught_up: Callable[[], int] = clock.monotonic  # until when all pings were taken
         self._store = store
         self._clock = clock
         self._intake = intake
-        self._by_id: Mapping[int, Watched] = {}
+        self._steps = steps
+        self._watched: Sequence[Watched] = ()
         self._keep = 0
-        self._owed: list[Callable[[sqlite3.Connection], None]] = []  # what is not on disk yet
-        self._paying: tuple[Write[None], int] | None = None  # how many of these are being written
-        self._unable = 0  # for how long nothing could be written, while that is so
-        self.is_backlogged: Callable[[], bool] = lambda: False  # whether pings wait to be taken
-        self._hesitated = 0  # times in a row that nothing was judged for being late
-        self._alive_written = clock.monotonic()
-        self._pruned = 0  # the id of the monitor that was pruned last
+        self._asked = self._ticked = self._alive_written = clock.monotonic()
         self._trusted_from = clock.monotonic() + TRUST_AFTER
+        self._unpruned: deque[int] = deque()
 
-    def use(self, watched: Iterable[Watched], keep: int) -> None:
+    def use(self, watched: Sequence[Watched], keep: int) -> None:
         """Take over a configuration's monitors, and how long history is kept."""
-        self._by_id = {monitor.id: monitor for monitor in watched}
-        self._keep = keep
+        self._unpruned.extend(one.id for one in watched[: 0 if self._watched else None])
+        self._watched, self._keep = watched, keep
 
     def begin(self) -> None:
         """Account for the time since Larm was last alive; raises Unrecordable.
@@ -2734,238 +2581,540 @@ class Watcher:
         last = self._store.last_alive_at()
 
         def account(db: sqlite3.Connection) -> None:
-            if last is not None and last != now:
+            if last is not None and now < SANE <= last:  # dated anew once the clock is set
+                shift(db, last, last, now - last)
+                db.execute("UPDATE gaps SET why = 'away' WHERE to_at = ?", (now,))
+            elif last is not None and last != now:
                 to_at = max(last, now)  # a clock that is behind was set back, after who knows what
-                shift_deadlines(db, last, to_at, now - to_at)
+                shift(db, last, to_at, now - to_at)
             write_alive(db, now)
 
-        self._store.write(account)
+        self._store.submit(account).result(-1)
         self._store.mark_tick(now)
-        self.ticked = self._clock.monotonic()
+        self._ticked = self._asked = self._clock.monotonic()
 
     def tick(self, planned: int) -> int:
         """One round; returns the milliseconds to sleep until the next. May raise Unrecordable.
 
         `planned`: the milliseconds that were meant to pass since the last one.
 
-        1. Where Larm did not watch or the clock was set, shift what is running.
-        2. Write what only memory knows: throttled pings, and that Larm is alive.
-        3. Unless the clock was never set, resume what was paused until now, and, unless this tick
-           is late, call down what has missed its deadline.
-        4. With no deadline to judge, queue the alerts that are due, and prune a little.
-        5. Sleep until the next deadline or delivery is due, one second at most.
+        1. Where Larm did not watch or the clock was set, write what memory knows of the time
+           before, then shift what is running.
+        2. Write it, too, when a deadline is due, and every 30 s with the time.
+        3. Unless the clock was never set, resume what was paused until now, and call down what has
+           missed its deadline: of those before which every ping that had come has been taken.
+        4. Take the other steps: alerts, Larm's own health; and prune a little.
         """
-        monotonic = self._clock.monotonic()
-        late = monotonic - self.ticked - planned + self._unable
-        self._unable = late + planned if self._store.failure else 0
-        self.ticked = monotonic
+        self._asked = self._clock.monotonic()
         if self._store.failure:  # no ping can be taken either: as good as not watching
             raise Unrecordable(self._store.failure)
-        self._account_for_gap(late)
-        self._write_alive()
-        now = self._clock.now()
+        with self._intake.lock:  # what was dated before is in the queue before
+            until = min(self._clock.monotonic(), self.caught_up())
+            write = self._store.submit(lambda db: self._round(db, planned, until))
+        return write.result()
+
+    def _round(self, db: sqlite3.Connection, planned: int, until: int) -> int:
+        """The operation."""
+        monotonic = self._clock.monotonic()
+        moved = self._account_for_gaps(db, monotonic, monotonic - self._ticked - planned)
+        now, due = self._clock.now(), self._clock.at(until)
+        overdue = first(db, "SELECT 1 FROM monitors WHERE deadline_at < :due LIMIT 1", due=due)
+        if not moved and (overdue or monotonic - self._alive_written >= ALIVE_EVERY):
+            hear(db, self._intake.take_heard())
+        if moved or monotonic - self._alive_written >= ALIVE_EVERY:
+            write_alive(db, now)  # a crash now must not count the gap again
+            self._store.after_commit.append(lambda: setattr(self, "_alive_written", monotonic))
+        more = 0
         if now >= SANE:
-            with self._store.reading() as db:
-                due, runs = due_monitors(db, "deadline_at", now), overrun(db, now)
-                untold = due_monitors(db, "alert_at", now) + self._released(db)
-                ended = due_resumptions(db, now)
-            if any(row["id"] in self._by_id for row in ended):
-                self._store.write(lambda db: self._resume(db, now))
-            if not due and not runs:
-                self._hesitated = 0
-                if untold:
-                    self._store.write(lambda db: self._send_alerts(db, untold, now))
-                self._prune(now)
-            elif self._is_punctual(late):
-                self._store.write(lambda db: self._call_down(db, due, runs))
-            if BATCH in (len(due), len(runs)):  # there are more
-                return 10
-        return self._until_next(now)
+            self._end_pauses(db, now)
+            more = call_down(db, due)
+            for step in self._steps:
+                step(db, now)
+        self._prune(db, now)
+        next_at = next_due_at(db, now)
 
-    def _is_punctual(self, late: int = 0) -> bool:
-        """Whether a judgement is fair: where this tick or the disk was slow, or the server has not
-        got round to all requests, pings may be waiting to be taken. On a machine that is always
-        slow it is put off twice and no more.
+        def note() -> None:
+            self._ticked = monotonic
+            self._store.mark_tick(now)
+
+        self._store.after_commit.append(note)
+        if more >= BATCH:
+            return 10
+        return TICK if next_at is None else min(TICK, max(next_at + 1 - now, 10))
+
+    def _account_for_gaps(self, db: sqlite3.Connection, monotonic: int, late: int) -> bool:
+        """Shift what is running by the time in which nobody watched, or nothing could be written,
+        and by what the clock was set by; whether there was any.
         """
-        slow = late >= STALL or self._clock.monotonic() - self.ticked >= STALL
-        if not slow and not self.is_backlogged():
-            self._hesitated = 0
-        elif self._hesitated < 2:
-            self._hesitated += 1
-            return False
-        return True
-
-    def _account_for_gap(self, late: int) -> None:
+        spans = [(start, end) for start, end, _ in self._store.outages]
+        gaps = [(monotonic - late, monotonic)] if late > GAP else spans
         drift = self._clock.drift()
-        away = late if late > GAP else 0
         set_by = drift if abs(drift) > CLOCK_SET else 0
-        with self._intake.lock:  # no ping may be dated on one side and queued on the other
-            to_at = self._clock.now()
-            self._clock.resync()
-            if away or set_by:
-                heard = self._intake.take_unwritten()
-                if set_by:
-                    self._intake.forget_times()
-                    self._trusted_from = self.ticked + TRUST_AFTER
-                if set_by < 0:  # a tick of the old time must not look newer than alive_at
-                    self._store.mark_tick(to_at + set_by)
-
-                def shift(db: sqlite3.Connection) -> None:
-                    hear(db, heard)
-                    shift_deadlines(db, to_at - away, to_at, set_by)
-                    if set_by:  # where this is written late, pings of the new time came before it
-                        hear(db, self._intake.heard())
-                    write_alive(db, to_at + set_by)  # a crash now must not count it again
-
-                self._owed.append(shift)
-                self._pay(wait=False)
-        if away:
-            log.warning("Larm was stopped for %s; deadlines moved", format_duration(away))
+        if gaps or set_by:
+            hear(db, self._intake.take_heard())
+        for start, end in gaps:
+            shift(db, self._clock.at(start), self._clock.at(end), 0)
         if set_by:
-            way = f"{'forward' if set_by > 0 else 'back'} by {format_duration(abs(set_by))}"
-            log.warning("the clock was set %s; deadlines moved with it", way)
-        self._pay()
+            now, self._trusted_from = self._clock.now(), monotonic + TRUST_AFTER
+            shift(db, now, now, set_by)
+        offset = self._clock.offset
+        self._clock.resync()  # with the shift, so that no ping is dated on the other side of it
+        self._store.after_rollback.append(lambda: setattr(self._clock, "offset", offset))
 
-    def _write_alive(self) -> None:
-        now = self._clock.now()
-        with self._intake.lock:
-            heard = self._intake.take_unwritten()
-        if heard or self.ticked - self._alive_written >= ALIVE_EVERY:
+        def tell() -> None:
+            del self._store.outages[: len(spans)]
+            if gaps:
+                away = sum(end - start for start, end in gaps)
+                log.warning("Larm did not watch for %s; deadlines moved", format_duration(away))
+            if set_by:
+                way = f"{'forward' if set_by > 0 else 'back'} by {format_duration(abs(set_by))}"
+                log.warning("the clock was set %s; deadlines moved with it", way)
 
-            def write(db: sqlite3.Connection) -> None:
-                hear(db, heard)
-                write_alive(db, now)
+        self._store.after_commit.append(tell)
+        return bool(gaps or set_by)
 
-            self._owed.append(write)
-            self._pay()
-            self._alive_written = self.ticked
-        self._store.mark_tick(now)
+    def _end_pauses(self, db: sqlite3.Connection, now: int) -> None:
+        ended = {gap["monitor_id"]: gap for gap in pauses_over(db, now)}
+        back = [one for one in self._watched if one.id in ended] if ended else []
+        for one in back:
+            gap = ended[one.id]
+            come_back(db, gap, max(gap["to_at"], now - TICK))
+        if back:
+            set_deadlines(db, back, now)
 
-    def _pay(self, wait: bool = True) -> None:
-        """Write what is owed, each once, however often the disk fails; may raise Unrecordable."""
-        while self._owed:
-            if self._paying is None:
-                owed = tuple(self._owed)
-
-                def write_all(db: sqlite3.Connection, owed: Any = owed) -> None:
-                    for operation in owed:
-                        operation(db)
-
-                try:
-                    self._paying = self._store.submit(write_all), len(owed)
-                except Unrecordable:
-                    if wait:
-                        raise
-            if not wait or self._paying is None:
-                return
-            write, count = self._paying
-            try:
-                write.result()
-            except Unanswered:
-                raise
-            except Exception:
-                self._paying = None
-                raise
-            self._paying = None
-            del self._owed[:count]
-
-    def _call_down(
-        self, db: sqlite3.Connection, due: Iterable[sqlite3.Row], runs: Iterable[sqlite3.Row]
-    ) -> None:
-        """The operation: one down event for each deadline that was missed, dated at it, and for
-        each run that has not ended in time.
-        """
-        if not self._is_punctual():
-            return
-        passed: list[tuple[int, sqlite3.Row, sqlite3.Row | None]] = [
-            *((row["deadline_at"], row, None) for row in due),
-            *((run["ends_by"], read_monitor(db, run["monitor_id"]), run) for run in runs),
-        ]
-        for at, held, run in sorted(passed, key=lambda found: found[0]):
-            if watched := self._by_id.get(held["id"]):
-                self._judge(db, watched, held, at, run)
-
-    def _judge(
-        self,
-        db: sqlite3.Connection,
-        watched: Watched,
-        held: sqlite3.Row,
-        at: int,
-        run: sqlite3.Row | None,
-    ) -> None:
-        """What a deadline, or the end of the time for a run, that has passed says of a monitor."""
-        if run is not None:
-            if find_run(db, run["id"]) is not None:  # it has not ended since
-                self._intake.forget(watched.id, "success")
-                held = read_monitor(db, watched.id)
-                enter(db, self._by_id, watched, held, "overran", at)
-                limit_no_more(db, "id", run["id"])
-        elif (heard_at := self._intake.heard_since(watched.id, held["counts_from"])) is None:
-            enter(db, self._by_id, watched, held, "missed", at)
-        else:
-            hear(db, [(watched, heard_at)])
-
-    def _released(self, db: sqlite3.Connection) -> list[sqlite3.Row]:
-        """The monitors whose alerts wait no longer: all that they depend on was heard of since."""
-        return [
-            row
-            for row in held_alerts(db)
-            if (watched := self._by_id.get(row["id"]))
-            and held_until(db, watched, row) == row["since"]
-        ]
-
-    def _send_alerts(
-        self, db: sqlite3.Connection, untold: Iterable[sqlite3.Row], now: int
-    ) -> None:
-        """The operation: the alerts that were held until now, and the reminders."""
-        for row in untold:
-            if watched := self._by_id.get(row["id"]):
-                if row["alert_at"] > now:
-                    consider_alert(db, watched, now)
-                else:
-                    send_alert(db, watched, now)
-
-    def reconsider_alerts(self, db: sqlite3.Connection) -> None:
-        """The operation: plan alerts anew where that may have changed: a monitor that another one
-        depends on was paused or removed, or a reminder was set in larm.toml.
-        """
-        for row in down_monitors(db):
-            watched = self._by_id.get(row["id"])
-            if watched and (row["alert_at"] is None or row["told"] == "down"):
-                consider_alert(db, watched, self._clock.now())
-
-    def _resume(self, db: sqlite3.Connection, now: int) -> None:
-        """The operation: the end of timed pauses."""
-        for row in due_resumptions(db, now):
-            if watched := self._by_id.get(row["id"]):
-                watch_again(db, watched.monitor, row, max(row["resumes_at"], now - TICK))
-
-    def _prune(self, now: int) -> None:
-        before = now - self._keep if self.ticked >= self._trusted_from else 0
-
-        def prune(db: sqlite3.Connection) -> int:
-            prune_events(db, before)
-            return prune_heartbeats(db, self._pruned, PRUNED_A_TICK, before)
-
-        self._pruned = self._store.write(prune)
-
-    def _until_next(self, now: int) -> int:
-        with self._store.reading() as db:
-            due_at = next_due_at(db, now)
-        return TICK if due_at is None else min(TICK, max(due_at + 1 - now, 10))
+    def _prune(self, db: sqlite3.Connection, now: int) -> None:
+        due = self._intake.take_recorded(PRUNED_EVERY, PRUNED_A_TICK)
+        while self._unpruned and len(due) < 10:  # after a start, all in turn
+            due.append(self._unpruned.popleft())
+        for monitor_id in due:
+            prune_monitor(db, monitor_id)
+        if self._clock.monotonic() >= self._trusted_from:
+            prune_old(db, now - self._keep, now)
 
     def end(self) -> None:
         """Write what only memory knows, at a clean stop."""
-        self._alive_written -= ALIVE_EVERY
+        now = self._clock.now()
+
+        def write(db: sqlite3.Connection) -> None:
+            hear(db, self._intake.take_heard())
+            write_alive(db, now)
+
         with contextlib.suppress(Unrecordable):
-            self._pay()
-            self._write_alive()
+            self._store.write(write)
+        self._store.mark_tick(now)
 
     def is_stalled(self) -> bool:
-        return self._clock.monotonic() - self.ticked > GAP
+        return self._clock.monotonic() - self._asked > GAP
 
 
-@dataclass(frozen=True)
+class Health:
+    """Larm's eye on itself: whatever is wrong with it is alerted once, and so is its end."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._checked = clock.monotonic() - CHECK_EVERY
+        self._config: Config
+        self.mistakes: Sequence[str] = ()  # in the file as it was saved last
+        self._mistaken_from = 0  # monotonic
+
+    def use(self, config: Config) -> None:
+        self._config = config
+
+    def note_file(self, mistakes: Sequence[str]) -> None:
+        """What is wrong with the saved larm.toml: alerted once it has stood for a minute."""
+        if bool(mistakes) != bool(self.mistakes):  # the next look is in a minute, or at once
+            self._mistaken_from = self._clock.monotonic()
+            self._checked = self._mistaken_from - (0 if mistakes else CHECK_EVERY)
+        self.mistakes = mistakes
+
+    def check(self, db: sqlite3.Connection, now: int) -> None:
+        """A step of the tick: once a minute, and after an outage, report what is wrong or is not
+        any more.
+        """
+        names, monotonic = list(self._config.channels), self._clock.monotonic()
+        for start, end, has_failed in self._store.outages:
+            if has_failed and end - start >= UNRECORDED_FOR:
+                at = now - (monotonic - start)
+                report(db, "database", "down", "heartbeats can't be recorded", names, at)
+                report(db, "database", "up", "heartbeats are recorded again", names, now)
+        if monotonic - self._checked < CHECK_EVERY:
+            return
+        self._store.after_commit.append(lambda: setattr(self, "_checked", monotonic))
+        self._check_file(db, now, names)
+        for gap in take_untold_gaps(db, LONG_GAP):
+            topic, text = f"gap {gap['id']}", describe_gap(gap, self._config.timezone)
+            report(db, topic, "down", text, names, gap["from_at"])
+            report(db, topic, "up", f"{text}; every deadline was moved by that", names, now)
+        found = os.statvfs(self._config.database.parent)
+        free = found.f_bavail * found.f_frsize
+        if free < LITTLE_SPACE:
+            text = f"the disk is nearly full\nMake room where {self._config.database} is."
+            report(db, "disk", "down", text, names, now)
+        elif free > LITTLE_SPACE * 1.2:
+            report(db, "disk", "up", "the disk has room again", names, now)
+        for name, channel in read_channels(db).items():
+            since, others = channel["failing_since"], [other for other in names if other != name]
+            if since is None:
+                report(db, f"channel {name}", "up", f"channel {name} works again", others, now)
+            elif channel["failed_at"] - since >= FAILING_FOR:
+                text = f"channel {name} has taken no alert for an hour"
+                report(db, f"channel {name}", "down", text, others, now)
+        for trouble in open_troubles(db):
+            name = trouble["topic"].partition("channel ")[2]
+            if name and name not in names:
+                report(db, trouble["topic"], "up", f"channel {name} is gone", names, now)
+
+    def _check_file(self, db: sqlite3.Connection, now: int, names: Sequence[str]) -> None:
+        path = self._config.path
+        if not self.mistakes:
+            report(db, "file", "up", f"{path} is in force again", names, now)
+        elif self._clock.monotonic() - self._mistaken_from >= CHECK_EVERY:
+            text = f"{path} has mistakes; the last good one stays in force"
+            report(db, "file", "down", "\n".join([text, *self.mistakes[:20]]), names, now)
+
+
+def describe_gap(gap: sqlite3.Row, zone: tzinfo) -> str:
+    from_at, to_at = (iso_local(gap[column], zone) for column in ("from_at", "to_at"))
+    return f"Larm itself was not running from {from_at} to {to_at}"
+
+
+# ======================================================================================
+# View: all that is known of a monitor, once, in milliseconds: for people and programs.
+# ======================================================================================
+
+STATES = ("down", "late", "up", "pending", "paused")  # the most urgent first
+SPANS = {"24h": DAY, "7d": 7 * DAY, "30d": 30 * DAY, "90d": 90 * DAY}
+DAYS_SHOWN = 90
+OUTPUT_SHOWN = 2_000  # characters of what a job said of its failure
+BEATS_READ = 100  # of a monitor, for its rhythm
+_SEEN_FOR_ADVICE = 4  # heartbeats: three intervals
+_HALF_HOUR = 30 * MINUTE
+
+Span = tuple[int, int]  # from, to
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """What became of one day."""
+
+    start: int
+    kind: str  # up, down, partly, unwatched (for the most part), none (not heard of yet)
+    down: int  # for how long
+    watched: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A monitor as users see it. Moments and durations are milliseconds."""
+
+    monitor: Monitor
+    token: str | None  # None: the database does not know it yet
+    state: str  # one of STATES
+    since: int | None  # of the state
+    received_at: int | None  # the last success
+    expected_at: int | None  # the next one; this and the deadline only where one runs
+    deadline_at: int | None
+    running_since: int | None
+    last_duration: int | None
+    heard_from: int | None  # when its first ping came
+    resumes_at: int | None  # the end of a timed pause
+    reason: str | None  # why it is down: missed, failed, overran
+    exit_status: int | None
+    output: str  # the end of what the job said of it
+    waits_for: str | None  # what its alert waits for
+    uptime: Mapping[str, float | None]  # percent in the last 24h, 7d, 30d, 90d
+    first_day: float | None  # percent since heard_from, before there is a figure of 24h
+    days: tuple[Day, ...]  # the last ones, today the last
+
+    def to_json(self, config: Config, viewer: bool) -> dict[str, Any]:
+        """As interface.md has it; to others than viewers without what is theirs alone."""
+        monitor = self.monitor
+        return {
+            "id": monitor.key,
+            "name": monitor.name,
+            "check_type": "heartbeat",
+            "enabled": monitor.enabled,
+            "state": self.state,
+            "since": iso_or_none(self.since),
+            "running": self.running_since is not None,
+            "interval_seconds": seconds(monitor.interval),
+            "schedule": monitor.schedule.expression if monitor.schedule else None,
+            "timezone": monitor.schedule.zone_name if monitor.schedule else None,
+            "grace_seconds": seconds(monitor.grace),
+            "last_heartbeat_at": iso_or_none(self.received_at),
+            "last_duration_ms": self.last_duration,
+            "expected_at": iso_or_none(self.expected_at),
+            "deadline_at": iso_or_none(self.deadline_at),
+            "uptime": self.uptime,
+            "channels": list(monitor.notify) if viewer else [],
+            "note": monitor.note if viewer else None,
+            "ping_url": config.ping_url(self.token) if viewer and self.token else None,
+        }
+
+
+def iso_or_none(at: int | None) -> str | None:
+    return None if at is None else iso_utc(at)
+
+
+def seconds(ms: int | None) -> int | float | None:
+    if ms is None:
+        return None
+    return ms // SECOND if ms % SECOND == 0 else ms / SECOND
+
+
+def read_views(
+    db: sqlite3.Connection | None,
+    config: Config,
+    now: int,
+    keys: Iterable[str] | None = None,
+    history: bool = True,
+) -> list[View]:
+    """The configuration's monitors, in its order, or the named ones; `db`: None before the first
+    start; `history`: with figures of uptime and days.
+    """
+    start = now - 90 * DAY
+    known = read_monitors(db) if db else {}
+    changes = state_changes(db, start) if db and history else {}
+    gaps = gaps_since(db, start) if db else {}
+    why = causes(db) if db else {}
+    running = dict(db.execute(
+        "SELECT monitor_id, MIN(at) FROM heartbeats WHERE run IS NOT NULL GROUP BY monitor_id"
+    ).fetchall()) if db else {}
+    days = midnights(config.timezone, DAYS_SHOWN, now) if history else []
+    larms = _spans(gaps.get(None, ()), now)
+    found = []
+    for key in config.monitors if keys is None else keys:
+        monitor, row = config.monitors[key], known.get(key)
+        if row is None:
+            found.append(View(monitor, monitor.token, "pending" if monitor.enabled else "paused",
+                              None, None, None, None, None, None, None, None, None, None, "", None,
+                              dict.fromkeys(SPANS), None, ()))
+            continue
+        own = gaps.get(row["id"], ())
+        record = _Record(
+            row["heard_from"], now, now - config.keep, larms + _spans(own, now),
+            down_spans(changes.get(row["id"], ()), own, now),
+        )
+        found.append(_view(monitor, row, [gap for gap in own if gap["open"]], why.get(row["id"]),
+                           running.get(row["id"]), record, days, now))
+    return found
+
+
+def _view(
+    monitor: Monitor, row: sqlite3.Row, absences: Sequence[sqlite3.Row], why: sqlite3.Row | None,
+    running_since: int | None, record: _Record, days: Sequence[int], now: int,
+) -> View:
+    state, since = row["state"], row["since"]
+    deadline_at = row["deadline_at"]
+    expected_at = None if deadline_at is None else deadline_at - monitor.grace
+    if absences:
+        state, since = "paused", min(gap["from_at"] for gap in absences)
+    elif not monitor.enabled:
+        state = "paused"
+    elif expected_at is not None and expected_at < now:
+        state, since = "late", expected_at
+    down = why if state == "down" else None
+    uptime = {name: record.uptime(span) for name, span in SPANS.items()}
+    is_first_day = row["heard_from"] is not None and now - row["heard_from"] < DAY
+    return View(
+        monitor=monitor,
+        token=monitor.token or row["made_token"],
+        state=state,
+        since=since,
+        received_at=row["received_at"],
+        expected_at=expected_at,
+        deadline_at=deadline_at,
+        running_since=running_since,
+        last_duration=row["last_duration_ms"],
+        heard_from=row["heard_from"],
+        resumes_at=next((gap["to_at"] for gap in absences if gap["why"] == "paused"), None),
+        reason=down["reason"] if down else None,
+        exit_status=down["exit_status"] if down else None,
+        output=(down["body"] or "")[-OUTPUT_SHOWN:] if down else "",
+        waits_for=(down["waits"] or "").removeprefix(HELD) or None if down else None,
+        uptime=uptime,
+        first_day=record.share_up(row["heard_from"], now) if is_first_day else None,
+        days=tuple(itertools.starmap(record.day, itertools.pairwise(days))),
+    )
+
+
+def _spans(gaps: Iterable[sqlite3.Row], now: int) -> list[Span]:
+    return [(gap["from_at"], now if gap["open"] else gap["to_at"]) for gap in gaps]
+
+
+def down_spans(
+    changes: Iterable[sqlite3.Row], gaps: Iterable[sqlite3.Row], now: int
+) -> list[Span]:
+    """When a monitor was down; the end of a pause ends that."""
+    ends = [(gap["to_at"], "up") for gap in gaps
+            if gap["why"] in ("paused", "disabled") and not gap["open"]]
+    down: list[Span] = []
+    went_down: int | None = None
+    for at, type in sorted([*ends, *((change["at"], change["type"]) for change in changes)]):
+        if type == "down":
+            went_down = at if went_down is None else went_down
+        elif went_down is not None:
+            down.append((went_down, at))
+            went_down = None
+    return down if went_down is None else [*down, (went_down, now)]
+
+
+class _Record:
+    """What is known of a monitor's past: when it was watched, and when it was down meanwhile."""
+
+    def __init__(
+        self, heard_from: int | None, now: int, kept_from: int, away: list[Span], down: list[Span]
+    ) -> None:
+        self._heard_from, self._now, self._kept_from = heard_from, now, kept_from
+        self._gone = coverage(away)
+        self._lost = coverage(away + down) if down else self._gone
+
+    def share_up(self, start: int, end: int) -> float | None:
+        """Percent of the time that it was watched; None: it was not."""
+        gone = self._gone(start, end)
+        if gone >= end - start:
+            return None
+        lost = self._lost(start, end) - gone
+        return round(100 * (1 - lost / (end - start - gone)), 2)
+
+    def uptime(self, span: int) -> float | None:
+        """Percent of the last `span` ms; None: it is younger, or what was then is not kept."""
+        start = self._now - span
+        if self._heard_from is None or start < max(self._heard_from, self._kept_from):
+            return None
+        return self.share_up(start, self._now)
+
+    def day(self, start: int, end: int) -> Day:
+        begin, end = start, min(end, self._now)
+        if self._heard_from is not None:
+            begin = max(start, self._heard_from, self._kept_from)
+        if self._heard_from is None or begin >= end:
+            return Day(start, "none", 0, 0)
+        gone = self._gone(begin, end)
+        watched, down = end - begin - gone, self._lost(begin, end) - gone
+        kind = "unwatched" if 2 * watched < end - begin else "up"
+        if down > 0:
+            kind = "partly" if down < watched else "down"
+        return Day(start, kind, down, watched)
+
+
+def coverage(spans: Iterable[Span]) -> Callable[[int, int], int]:
+    """A function of two moments: how much of the time between them the spans cover together."""
+    starts: list[int] = []
+    ends: list[int] = []
+    before: list[int] = []  # what the earlier ones cover
+    for start, end in sorted(spans):
+        start = max(start, ends[-1]) if ends else start
+        if end > start:
+            before.append(before[-1] + ends[-1] - starts[-1] if ends else 0)
+            starts.append(start)
+            ends.append(end)
+    if not starts:
+        return lambda _start, _end: 0
+
+    def until(moment: int) -> int:
+        last = bisect.bisect_right(starts, moment) - 1
+        return before[last] + min(moment, ends[last]) - starts[last] if last >= 0 else 0
+
+    return lambda start, end: until(end) - until(start)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """An event on its way to a channel."""
+
+    channel: str
+    state: str  # pending, sent, failed
+    attempts: int
+    at: int | None  # of the last attempt
+    error: str | None  # why it failed, or waits
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A monitor went down or came up."""
+
+    id: int
+    key: str
+    name: str
+    type: str  # down, up
+    at: int
+    reason: str | None
+    exit_status: int | None
+    last_heartbeat_at: int | None
+    down: int | None  # for how long it was
+    deliveries: tuple[Delivery, ...]
+
+    def to_json(self, viewer: bool) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "monitor": self.key,
+            "type": self.type,
+            "at": iso_utc(self.at),
+            "reason": self.reason,
+            "last_heartbeat_at": iso_or_none(self.last_heartbeat_at),
+            "down_seconds": seconds(self.down),
+            "deliveries": [
+                {"channel": one.channel, "state": one.state, "attempts": one.attempts,
+                 "at": iso_or_none(one.at), "error": one.error}
+                for one in (self.deliveries if viewer else ())
+            ],
+        }
+
+
+def read_events(
+    db: sqlite3.Connection, limit: int, before: int | None = None, monitor_id: int | None = None
+) -> list[Event]:
+    """The events of a monitor, or of all, newest first."""
+    found = list_events(db, limit, before, monitor_id)
+    deliveries = deliveries_of(db, [row["id"] for row in found])
+    return [
+        Event(
+            row["id"], row["key"], row["name"], row["type"], row["at"], row["reason"],
+            row["exit_status"], row["last_heartbeat_at"], row["down_ms"],
+            tuple(Delivery(*(one[name] for name in Delivery.__slots__))
+                  for one in deliveries.get(row["id"], ())),
+        )
+        for row in found
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run of a job as its heartbeats tell it: a start and its end are one."""
+
+    id: int
+    at: int  # of the end; of the start while it runs
+    started_at: int | None
+    ended_at: int | None
+    signal: str  # success, fail, log; start: it runs, or its end never came
+    exit_status: int | None
+    duration: int | None
+    method: str
+    sender: str | None
+    user_agent: str | None
+    rid: str | None
+    body: str | None
+
+
+def read_runs(beats: Iterable[sqlite3.Row]) -> list[Run]:
+    """`beats`: heartbeats of one monitor, newest first. The start of a run that has ended, or began
+    anew, is no run of its own.
+    """
+    return [
+        Run(
+            row["id"], row["at"],
+            row["at"] - (row["duration_ms"] or 0) if row["run"] or row["duration_ms"] else None,
+            None if row["run"] else row["at"], row["signal"], row["exit_status"],
+            row["duration_ms"], row["method"], row["sender"], row["user_agent"], row["rid"],
+            row["body"],
+        )
+        for row in beats if row["signal"] != "start" or row["run"]
+    ]
+
+
+@dataclass(frozen=True, slots=True)
 class Spread:
     """How long something took, in milliseconds."""
 
@@ -2981,12 +3130,7 @@ class Spread:
         return f"{typical} typically, {shortest} to {longest}"
 
 
-def spread(lengths: Iterable[int]) -> Spread | None:
-    ordered = sorted(lengths)
-    return Spread(ordered[0], ordered[len(ordered) // 2], ordered[-1]) if ordered else None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rhythm:
     """How a monitor's last heartbeats came, and a line of advice where the settings do not fit."""
 
@@ -2994,55 +3138,42 @@ class Rhythm:
     lasted: Spread | None
     advice: str | None
 
-    def lines(self) -> list[str]:
-        """It in words, a line each."""
-        found = {"heartbeats come every": self.apart, "runs take": self.lasted,
-                 "advice:": self.advice}
-        return [f"{what} {it}" for what, it in found.items() if it is not None]
+
+def read_rhythm(monitor: Monitor, beats: Sequence[sqlite3.Row]) -> Rhythm:
+    """`beats`: the newest heartbeats, newest first."""
+    times = sorted(row["at"] for row in beats if row["signal"] == "success")
+    gaps = sorted(later - earlier for earlier, later in itertools.pairwise(times))
+    lasted = sorted(row["duration_ms"] for row in beats if row["duration_ms"] is not None)
+    apart, runs = (
+        Spread(found[0], found[len(found) // 2], found[-1]) if found else None
+        for found in (gaps, lasted)
+    )
+    advice = _advise(monitor, times, gaps) if len(times) >= _SEEN_FOR_ADVICE else None
+    return Rhythm(apart, runs, advice)
 
 
-def rhythm(monitor: Monitor, heartbeats: Sequence[sqlite3.Row]) -> Rhythm:
-    """`heartbeats`: the newest ones, as recent_heartbeats() gives them."""
-    times = sorted(row["at"] for row in heartbeats if row["signal"] == "success")
-    apart = spread(later - earlier for earlier, later in itertools.pairwise(times))
-    lasted = spread(row["duration_ms"] for row in heartbeats if row["duration_ms"] is not None)
-    if apart is None or len(times) < SEEN_FOR_ADVICE:
-        return Rhythm(apart, lasted, None)
-    if monitor.schedule is None and not 0.5 < apart.typical / monitor.interval < 1.1:
-        every = format_duration(monitor.interval)
-        advice = f'{every} is not how often they come: try interval = "{_setting(apart.typical)}"'
-        return Rhythm(apart, lasted, advice)
-    late = _lateness(monitor, times)
-    if shift := monitor.schedule and _shift(monitor, late):
-        return Rhythm(apart, lasted, f"they come exactly {shift} the schedule: timezone?")
+def _advise(monitor: Monitor, times: Sequence[int], gaps: Sequence[int]) -> str | None:
+    typical = gaps[len(gaps) // 2]
+    late = [gap - monitor.interval for gap in gaps]
+    if monitor.schedule is None and not 0.5 < typical / monitor.interval < 1.1:
+        return (f"{format_duration(monitor.interval)} is not how often they come: "
+                f'try interval = "{_setting(typical)}"')
+    if monitor.schedule is not None:
+        start = times[0] - max(gaps[-1], monitor.interval)
+        due = monitor.schedule.next_after(start, (times[-1] - start) // monitor.interval + 2)
+        early = min(monitor.grace, monitor.interval // 10)
+        late = sorted(at - due[bisect.bisect(due, at + early) - 1] for at in times if due[0] <= at)
+        off = round(late[len(late) // 2] / _HALF_HOUR) * _HALF_HOUR if late else 0
+        if off and late[-1] - late[0] <= 10 * MINUTE and abs(late[0] - off) <= 5 * MINUTE:
+            off -= monitor.interval if off > monitor.interval // 2 else 0
+            way = "after" if off > 0 else "before"
+            return f"they come exactly {format_duration(abs(off))} {way} the schedule: timezone?"
     usual = [ms for ms in late if ms < monitor.interval // 2]  # more than that was an outage
     if usual and max(usual) > monitor.grace:
         grace = format_duration(monitor.grace) if monitor.grace else "0"
-        found = f"they come up to {format_duration(max(usual))} late; a grace of {grace} will alert"
-        return Rhythm(apart, lasted, f'{found}: try grace = "{_setting(max(usual) * 1.1)}"')
-    return Rhythm(apart, lasted, None)
-
-
-def _lateness(monitor: Monitor, times: Sequence[int]) -> list[int]:
-    """By how many milliseconds each heartbeat came after it was due, in the order of size."""
-    if monitor.schedule is None:
-        apart = (later - earlier for earlier, later in itertools.pairwise(times))
-        return sorted(gap - monitor.interval for gap in apart)
-    longest = max(later - earlier for earlier, later in itertools.pairwise(times))
-    start = times[0] - max(longest, monitor.interval)
-    due = monitor.schedule.next_after(start, (times[-1] - start) // monitor.interval + 2)
-    early = min(monitor.grace, monitor.interval // 10)
-    return sorted(at - due[bisect.bisect(due, at + early) - 1] for at in times if due[0] <= at)
-
-
-def _shift(monitor: Monitor, late: Sequence[int]) -> str | None:
-    """ "1 h after", where a job is always off by the same hours, as in another timezone."""
-    shift = round(late[len(late) // 2] / HALF_HOUR) * HALF_HOUR if late else 0
-    if not shift or late[-1] - late[0] > 10 * MINUTE or abs(late[0] - shift) > 5 * MINUTE:
-        return None
-    if shift > monitor.interval // 2:
-        shift -= monitor.interval
-    return f"{format_duration(abs(shift))} {'after' if shift > 0 else 'before'}"
+        return (f"they come up to {format_duration(max(usual))} late; a grace of {grace} will "
+                f'alert: try grace = "{_setting(max(usual) * 1.1)}"')
+    return None
 
 
 def _setting(ms: float) -> str:
@@ -3052,207 +3183,45 @@ def _setting(ms: float) -> str:
     return next((text for text in rounds if parse_duration(text) >= ms * 0.98), "366d")
 
 
-class Health:
-    """Larm's eye on itself: whatever is wrong with it is alerted once, and so is its end."""
-
-    def __init__(self, store: Store, clock: Clock, watcher: Watcher) -> None:
-        self._store = store
-        self._clock = clock
-        self._watcher = watcher
-        self._checked = clock.monotonic() - CHECK_EVERY
-        self._failing_since: int | None = None
-        self._warned = False
-
-    def use(self, config: Config) -> None:
-        self._config = config
-
-    def check(self) -> None:
-        """Once a minute, find what is wrong or is not any more; may raise Unrecordable."""
-        if self._clock.monotonic() - self._checked >= CHECK_EVERY and self._clock.now() >= SANE:
-            self._checked = self._clock.monotonic()
-            free = free_space(self._config.database.parent)
-            self._store.write(lambda db: self._report(db, free))
-
-    def _report(self, db: sqlite3.Connection, free: int) -> None:
-        self._watcher.reconsider_alerts(db)
-        names, now = set(self._config.channels), self._clock.now()
-        for gap in take_untold_gaps(db, LONG_GAP):
-            topic, text = f"gap {gap['id']}", describe_gap(gap, self._config.timezone)
-            report(db, topic, "down", text, names, gap["from_at"])
-            report(db, topic, "up", f"{text}; every deadline was moved by that", names, now)
-        if free < LITTLE_SPACE:
-            text = f"the disk is nearly full\nMake room where {self._config.database} is."
-            report(db, "disk", "down", text, names, now)
-        elif free > LITTLE_SPACE * 1.2:
-            report(db, "disk", "up", "the disk has room again", names, now)
-        for name, channel in read_channels(db).items():
-            since, others = channel["failing_since"], names - {name}
-            if name not in names or since is None:
-                text = f"channel {name} works again" if name in names else f"channel {name} is gone"
-                report(db, f"channel {name}", "up", text, others, now)
-            elif channel["failed_at"] - since >= FAILING_FOR:
-                text = f"channel {name} has taken no alert for an hour"
-                report(db, f"channel {name}", "down", text, others, now)
-
-    def note_file(self, mistakes: Sequence[str]) -> None:
-        """Report the mistakes in a saved larm.toml, or their end; may raise Unrecordable."""
-        path, now = self._config.path, self._clock.now()
-        text = f"{path} has mistakes; the last good one stays in force"
-        text = "\n".join([text, *mistakes[:20]]) if mistakes else f"{path} is in force again"
-        type, names = "down" if mistakes else "up", list(self._config.channels)
-        self._store.write(lambda db: report(db, "file", type, text, names, now))
-
-    def note_recording(self, failure: str | None) -> str | None:
-        """Take note, at each tick, of why the database can't be written. Returns what to tell
-        people at once, since no outbox can hold it; its end is an alert like others.
-        """
-        now, since = self._clock.now(), self._failing_since
-        if failure is not None:
-            self._failing_since = since = since or now
-            if self._warned or now - since < UNRECORDED_FOR:
-                return None
-            self._warned = True
-            return f"{_UNRECORDABLE}: {failure}; pings get 503 till then"
-        if since is not None and now - since >= UNRECORDED_FOR:
-            names = list(self._config.channels)
-
-            def tell(db: sqlite3.Connection) -> None:
-                report(db, "database", "down", _UNRECORDABLE, names, since)
-                report(db, "database", "up", "heartbeats are recorded again", names, now)
-
-            self._store.write(tell)
-        self._failing_since, self._warned = None, False
-        return None
+def describe_rhythm(monitor: Monitor) -> str:
+    """When a job is due, for people: "every 1 d, with 30 min grace"."""
+    if monitor.schedule:
+        due = f"{monitor.schedule.in_words} ({monitor.schedule.zone_name or 'local time'})"
+    else:
+        due = f"every {format_duration(monitor.interval)}"
+    return f"{due}, with {format_duration(monitor.grace) if monitor.grace else 'no'} grace"
 
 
-def free_space(folder: Path) -> int:
-    """Bytes that are free for this user on a folder's disk."""
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
-
-
-def describe_gap(gap: Gap, zone: tzinfo) -> str:
-    from_at, to_at = (iso_local(gap[column], zone) for column in ("from_at", "to_at"))
-    return f"Larm itself was not running from {from_at} to {to_at}"
-
-
-STATES = ("down", "late", "up", "pending", "paused")  # the most urgent first
-
-
-def shown_state(row: sqlite3.Row | None, monitor: Monitor, now: int) -> str:
-    """The state as users see it; `row`: the monitor's in the database, if it is known there."""
-    if not monitor.enabled or (row is not None and row["watching"] == "paused"):
-        return "paused"
-    if row is None:
-        return "pending"
-    if row["state"] == "up" and row["expected_at"] < now:
-        return "late"
-    return str(row["state"])
-
-
-def uptime(
-    changes: Sequence[sqlite3.Row],
-    gaps: Sequence[Gap],
-    created_at: int,
-    span: int,
-    now: int,
-) -> float | None:
-    """Percent of the last `span` milliseconds, but for gaps and pauses, not spent down.
-
-    None: the monitor is younger, or was not watched at all. `changes`: its events, oldest first,
-    as state_changes() gives them; `gaps`: Larm's and its own.
-    """
-    start = now - span
-    if created_at > start:
-        return None
-    away = [(gap["from_at"], gap["to_at"]) for gap in gaps]
-    gone = coverage(away)(start, now)
-    if gone >= span:
-        return None
-    lost = coverage(away + down_spans(changes, gaps, now))(start, now) - gone
-    return round(100 * (1 - lost / (span - gone)), 2)
-
-
-Span = tuple[int, int]  # from, to
-
-
-def down_spans(changes: Sequence[sqlite3.Row], gaps: Sequence[Gap], now: int) -> list[Span]:
-    """When a monitor was down; the end of a pause ends that."""
-    ends = [(gap["to_at"], "up") for gap in gaps if gap["monitor_id"] is not None]
-    down: list[Span] = []
-    went_down: int | None = None
-    for at, type in sorted([*ends, *((change["at"], change["type"]) for change in changes)]):
-        if type == "down":
-            went_down = at if went_down is None else went_down
-        elif went_down is not None:
-            down.append((went_down, at))
-            went_down = None
-    if went_down is not None:
-        down.append((went_down, now))
-    return down
-
-
-def coverage(spans: Iterable[Span]) -> Callable[[int, int], int]:
-    """A function of two moments: how much of the time between them the spans cover together."""
-    starts: list[int] = []
-    ends: list[int] = []
-    before: list[int] = []  # what the earlier ones cover
-    for start, end in sorted(spans):
-        start = max(start, ends[-1]) if ends else start
-        if end > start:
-            before.append(before[-1] + ends[-1] - starts[-1] if ends else 0)
-            starts.append(start)
-            ends.append(end)
-
-    def until(moment: int) -> int:
-        last = bisect.bisect_right(starts, moment) - 1
-        return before[last] + min(moment, ends[last]) - starts[last] if last >= 0 else 0
-
-    return lambda start, end: until(end) - until(start)
-
-
-Day = tuple[str, int]  # up, down, partly, unwatched or none; for how long it was down
-
-
-def days_of(
-    changes: Sequence[sqlite3.Row],
-    gaps: Sequence[Gap],
-    created_at: int,
-    days: Sequence[int],
-    now: int,
-) -> list[Day]:
-    """What became of each day between two of the moments `days`, counted as in uptime().
-
-    unwatched: for the most part; none: the monitor is younger.
-    """
-    away = [(gap["from_at"], gap["to_at"]) for gap in gaps]
-    gone = coverage(away)
-    lost = coverage(away + down_spans(changes, gaps, now))
-    found = []
-    for start, end in itertools.pairwise(days):
-        start, end = max(start, created_at), min(end, now)
-        watched = end - start - gone(start, end)
-        down = lost(start, end) - gone(start, end)
-        if start >= end:
-            found.append(("none", 0))
-        elif down > 0:
-            found.append(("partly" if down < watched else "down", down))
-        else:
-            found.append(("unwatched" if 2 * watched < end - start else "up", 0))
-    return found
+def describe_cause(reason: str | None, exit_status: int | None, limit: int | None = None) -> str:
+    """Why a monitor went down."""
+    if reason == "failed" and exit_status is not None:
+        return f"exit status {exit_status}"
+    return {"missed": "no heartbeat came in time", "failed": "the job reported a failure",
+            "overran": f"a run has not ended within {format_duration(limit) if limit else 'time'}",
+            }.get(reason or "", "unknown why")
 
 
 # ======================================================================================
-# Notifier: turns events into deliveries. The only room that imports apprise.
+# Notifier: the outbox. What is due is judged, told and tried again. Only it imports apprise.
 # ======================================================================================
 
 PAUSES = (10 * SECOND, 30 * SECOND, MINUTE, 5 * MINUTE, 15 * MINUTE, HOUR)
-LATE = 10 * MINUTE  # a message delivered so long after its event says so
+GIVE_UP_AFTER = 3 * DAY  # of trying to send an alert
+ATTEMPT_WITHIN = 1 * MINUTE  # what takes longer has failed, whatever its thread still does
+HANGING = 3  # threads of a channel that may be left behind so, before it is tried no more
+LATE = 10 * MINUTE  # a message that could not be delivered for so long says so
+MESSAGES_AN_HOUR = 6  # about one monitor; beyond that one that counts
+VERDICT_WITHIN = 5 * MINUTE  # a missed deadline waits for that of a monitor it depends on
+LOOK_AGAIN = 10 * SECOND  # at a monitor that another one's alert waits for
+LIMITED = "too many messages: the next one comes an hour after the last"
 LISTED = 20  # alerts that one message describes; of the others it gives the names
+NTFY = {"ntfy", "ntfys"}
 NTFY_ROOM = 3_900  # bytes; Apprise thinks it takes more, but a server refuses over 4,096
-NAMED = 20  # of the monitors that depend on one that is down
 OUTPUT_LINES, OUTPUT_WIDTH = 10, 300  # of the job's output, its last lines
-NAME_SHOWN, NOTE_SHOWN = 200, 1_000  # characters
+NAME_SHOWN, NOTE_SHOWN, NAMED = 200, 1_000, 20  # characters, and names of what depends on one
+# Services that format text: between fences nothing is formatted, and nobody called.
+FENCED = {"discord", "slack", "mmost", "mmosts", "rocket", "rockets", "zulip", "wxteams", "webex",
+          "msteams", "guilded", "revolt", "matrix", "matrixs"}
 
 
 class _Captured(logging.Handler):
@@ -3289,33 +3258,34 @@ def accepts(url: str) -> str | None:
         return "is not an Apprise URL: it must begin with a service, such as ntfy://"
     apprise = _apprise()
     try:
-        accepted = apprise.Apprise().add(url)
+        if apprise.Apprise().add(url):
+            return None
     except Exception:  # its text may hold the URL
-        accepted = False
-    if not accepted:
-        known = any(
-            scheme[1].lower() in service.get(names, ())
-            for service in apprise.Apprise().details()["schemas"]
-            for names in ("protocols", "secure_protocols")
-            if service.get(names)
-        )
-        if known:
-            return f"Apprise does not accept this {scheme[1]}:// URL; check its parts"
-        return f"Apprise knows no service {scheme[1]}://"
-    return None
+        log.debug("Apprise failed on a URL")
+    known = any(
+        scheme[1].lower() in (service.get(names) or ())
+        for service in apprise.Apprise().details()["schemas"]
+        for names in ("protocols", "secure_protocols")
+    )
+    if known:
+        return f"Apprise does not accept this {scheme[1]}:// URL; check its parts"
+    return f"Apprise knows no service {scheme[1]}://"
 
 
 def mask(text: str, urls: Iterable[str]) -> str:
-    """`text` on one line and without what is secret in the URLs."""
+    """`text` on one line and without what is secret in the URLs, percent-encoded or not."""
     for url in urls:
         rest = url.partition("://")[2]
         host = re.split(r"[/?#]", rest)[0].rpartition("@")[2].partition(":")[0]
         parts = set(re.split(r"[/@:?&=#,;+]+", rest))
-        parts |= {unquote(part) for part in parts}
         if "." in host or host == "localhost":
             parts.discard(host)
-        for part in sorted((part for part in parts if len(part) >= 4), key=len, reverse=True):
-            text = text.replace(part, "***")
+        decoded = {unquote(part) for part in parts}
+        for encode in (quote, partial(quote, safe=""), quote_plus):
+            parts |= set(map(encode, decoded))
+        secrets = sorted((part for part in parts | decoded if len(part) >= 4), key=len)
+        for part in reversed(secrets):
+            text = re.sub(re.escape(part), "***", text, flags=re.IGNORECASE)
     text = re.sub(r"\b([a-z][a-z0-9+.-]*)://\S+", r"\1://***", text, flags=re.IGNORECASE)
     return " ".join(text.split())[:300]
 
@@ -3349,50 +3319,88 @@ def send(urls: Sequence[str], title: str, body: str, kind: str) -> str | None:
     return mask("; ".join(dict.fromkeys(lines)) or "the service did not accept it", urls)
 
 
-def room(url: str) -> int:
-    """How many bytes one message by an Apprise URL may have."""
-    try:
-        service = _apprise().Apprise.instantiate(url)
-        longest = NTFY_ROOM if url.startswith("ntfy") else int(service.body_maxlen)
-        return longest - (NAME_SHOWN if service.title_maxlen <= 0 else 0)
-    except Exception:  # send() tells what is wrong with it
-        return 1_000
-
-
 def send_test(config: Config, channel: str) -> str | None:
     """Send a test alert through a channel; None once it was accepted, else why not."""
     text = f"If you can read this, alerts reach you here.\n{config.url}/"
     return send(config.channels[channel], "Test alert from Larm", text, "info")
 
 
-def ripe(alerts: Sequence[sqlite3.Row], now: int) -> Sequence[sqlite3.Row]:
-    """Those of a channel's unsent alerts that are one message now; none before one is due.
+@dataclass(frozen=True)
+class Paper:
+    """What a message by an Apprise URL is written on."""
 
-    That is every one of them where some could not be sent before, so that their order is kept;
-    else the first and what came within 3 s of it.
-    """
-    first_due_at = min((alert["due_at"] for alert in alerts), default=now + 1)
-    if first_due_at > now:
-        return []
-    if any(alert["attempts"] for alert in alerts):
-        return alerts
-    return [alert for alert in alerts if alert["due_at"] < first_due_at + DIGEST_WITHIN]
+    scheme: str = ""
+    room: int = 1_000  # bytes
+    format: str = "text"  # into which Apprise turns the text before it is counted
+
+    @staticmethod
+    def of(url: str) -> Paper:
+        scheme = url.partition("://")[0].lower()
+        try:
+            service = _apprise().Apprise.instantiate(url)
+            longest = NTFY_ROOM if scheme in NTFY else int(service.body_maxlen)
+            longest -= NAME_SHOWN if service.title_maxlen <= 0 else 0
+            format = service.notify_format
+            if hasattr(service, "resolve_format"):  # since Apprise 2 a service takes several
+                format = service.resolve_format("text")
+            return Paper(scheme, longest, str(getattr(format, "value", format)))
+        except Exception:  # send() tells what is wrong with it
+            return Paper(scheme)
+
+    def size(self, text: str) -> int:
+        """Bytes that a text takes there."""
+        if self.scheme in NTFY:  # it reads 2 x 4,096 bytes of JSON, in which Apprise escapes much
+            return max(len(text.encode()), len(json.dumps(text)) // 2)
+        with contextlib.suppress(Exception):  # of an Apprise that converts in another way
+            convert: Any = importlib.import_module("apprise.conversion").convert_between
+            return len(convert("text", self.format, text).encode())
+        return len(text.encode())
 
 
-Alert = sqlite3.Row  # as pending_alerts() gives it
-
+_ERASE = re.compile(r"\x1b\[[02]?K")  # the rest of the line
 _CONTROLS = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours, and moving the cursor
     r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?"  # titles, links and the like
     r"|\x1b[ -/]*[0-~]"
-    r"|(?m:^[^\n]*\r(?=[^\r\n]))"  # what a progress bar overwrote
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+    r"|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 
 
 def plain(text: str) -> str:
     """Text as a terminal would leave it there, without what steers it or turns its direction."""
-    return _CONTROLS.sub("", text.replace("\r\n", "\n"))
+    lines = []
+    for line in text.replace("\r\n", "\n").split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            first, *others = (_CONTROLS.sub("", one) for one in _ERASE.split(part))
+            shown = "".join([first, *others]) if others else first + shown[len(first) :]
+        lines.append(shown)
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """What one channel is told about one monitor, or one trouble of Larm's: its untold events, of
+    which the newest is described.
+    """
+
+    row: sqlite3.Row  # the newest one's delivery, with its event, monitor and heartbeat
+    ids: tuple[int, ...]  # of the deliveries
+    downs: tuple[int, ...]  # when it went down, of what is untold
+    is_reminder: bool
+    is_limited: bool  # whether it waited, since there were too many messages
+    tried_from: int | None
+
+    @property
+    def label(self) -> str:
+        if self.row["key"] is None:
+            return "LARM"
+        return "STILL DOWN" if self.is_reminder else str(self.row["type"]).upper()
+
+    @property
+    def subject(self) -> str:
+        """The name of the monitor, or what it says of Larm."""
+        return plain(self.row["name"] or self.row["text"].partition("\n")[0])[:NAME_SHOWN]
 
 
 @dataclass(frozen=True)
@@ -3402,147 +3410,133 @@ class Message:
     kind: str
 
 
-LABELS = {("change", "down"): "DOWN", ("settled", "down"): "DOWN", ("flapping", "down"): "FLAPPING",
-          ("flapping", "up"): "FLAPPING", ("reminder", "down"): "STILL DOWN",
-          ("change", "up"): "UP", ("settled", "up"): "UP"}
+class Composer:
+    """Writes the messages of one moment. `gaps`: Larm's, since before the alerts' heartbeats."""
 
+    def __init__(self, config: Config, gaps: Sequence[sqlite3.Row], now: int, paper: Paper) -> None:
+        self._config, self._now, self._paper = config, now, paper
+        self._gaps = [gap for gap in gaps if gap["why"] == "away"
+                      and gap["to_at"] - gap["from_at"] > GAP]
 
-def label(alert: Alert) -> str:
-    """DOWN, FLAPPING, STILL DOWN, UP; LARM for what is about Larm itself."""
-    return "LARM" if alert["key"] is None else LABELS[alert["kind"], alert["type"]]
+    def compose(self, alerts: Sequence[Alert]) -> Message:
+        """One message of a channel's alerts, at least one.
 
+        It keeps to the paper's room where it can: the first are described, the others named, and of
+        what is left the message says how many there are and where.
+        """
+        names: dict[str, list[str]] = defaultdict(list)
+        for alert in alerts:
+            names[alert.label].append(alert.subject)
+        title = ", ".join(
+            f"{word}: {found[0] if len(found) == 1 else counted(len(found), noun)}"
+            for word in ("DOWN", "STILL DOWN", "UP", "LARM") if (found := names[word])
+            for noun in ("notice" if word == "LARM" else "monitor",)
+        )
+        text, size = "", self._paper.size
+        for number, alert in enumerate(alerts):
+            rest = f"\n\nAnd {len(alerts) - number} more: {self._config.url}/"
+            left = self._paper.room - size(text) - (size(rest) if len(alerts) > 1 else 0) - 12
+            told = f"{alert.label}: {alert.subject}"
+            if number < LISTED and size(described := self._describe(alert, left)) <= left:
+                told = described
+            elif len(alerts) == 1:
+                told = self._describe(alert, left)
+            elif size(told) > left:
+                text += rest
+                break
+            text += ("\n" if number > LISTED else "\n\n" if text else "") + told
+        is_bad = names["STILL DOWN"] or (names["LARM"] and any(one.downs for one in alerts))
+        kind = "failure" if names["DOWN"] else "warning" if is_bad else "success"
+        return Message(title, text, kind)
 
-def subject(alert: Alert) -> str:
-    """The name of the alert's monitor, or what it says of Larm."""
-    return plain(alert["name"] or alert["text"].partition("\n")[0])[:NAME_SHOWN]
+    def _describe(self, alert: Alert, room: int) -> str:
+        """What happened and when, what was expected, what the job said, and where to look."""
+        row = alert.row
+        monitor = self._config.monitors.get(row["key"])
+        lines = [self._headline(alert)]
+        if row["key"] and row["type"] == "down":
+            lines += self._circumstances(row, monitor)
+        off = [gap for gap in self._gaps if gap["from_at"] >= row["event_at"]]
+        if alert.tried_from is not None and self._now - alert.tried_from > LATE:
+            lines.append("This alert is late: it could not be delivered before.")
+        elif off and not alert.is_reminder and row["key"]:
+            lines.append(f"This alert is late: {describe_gap(off[0], self._config.timezone)}.")
+        more = [plain(monitor.note)[:NOTE_SHOWN]] if monitor and monitor.note else []
+        more.append(f"{self._config.url}/" + (f"monitor/{row['key']}" if row["key"] else ""))
+        said = row["body"] if row["type"] == "down" else None
+        output = [line[:OUTPUT_WIDTH] for line in plain(said or "").strip().splitlines()]
+        is_fenced = self._paper.scheme in FENCED and self._paper.format == "text"
+        fences = ["```"] if is_fenced else []
+        for count in range(min(OUTPUT_LINES, len(output)), 0, -1):
+            end = [line.replace("```", "'''") if fences else _uncalled(line)
+                   for line in output[-count:]]
+            full = "\n".join([*lines, "Output:", *fences, *end, *fences, *more])
+            if self._paper.size(full) <= room:
+                return full
+        return "\n".join([*lines, *more])
 
-
-def compose(
-    alerts: Sequence[Alert], gaps: Sequence[sqlite3.Row], config: Config, now: int, room: int
-) -> Message:
-    """One message of a channel's unsent alerts (as pending_alerts() gives them), at least one.
-
-    It keeps to `room` bytes where it can: the first are described, if need be without the output,
-    the others named, and of what is left the message says how many there are and where.
-    """
-    names: dict[str, list[str]] = {found: [] for found in dict.fromkeys([*LABELS.values(), "LARM"])}
-    for alert in alerts:
-        names[label(alert)].append(subject(alert))
-    title = ", ".join(
-        f"{word}: {found[0] if len(found) == 1 else counted(len(found), noun)}"
-        for word, found in names.items()
-        for noun in ("notice" if word == "LARM" else "monitor",)
-        if found
-    )
-    text = ""
-    for number, alert in enumerate(alerts):
-        rest = f"\n\nAnd {len(alerts) - number} more: {config.url}/"
-        short = f"{label(alert)}: {subject(alert)}"
-        full = brief = short
-        if number < LISTED:
-            full, brief = (_describe(alert, gaps, config, now, output) for output in (True, False))
-        left = room - len(text.encode()) - (len(rest) if len(alerts) > 1 else 0)
-        forms = (full, brief, short)
-        chosen = next((one for one in forms if len(one.encode()) + 2 <= left), None)
-        if len(alerts) > 1 and chosen is None:
-            text += rest
-            break
-        between = "\n" if number > LISTED else "\n\n" if text else ""
-        text += between + (chosen or brief)
-    kinds = {"failure": names["DOWN"], "warning": names["FLAPPING"] + names["STILL DOWN"]}
-    troubles = [alert["type"] == "down" for alert in alerts if alert["key"] is None]
-    kinds["warning"] += ["LARM"] if any(troubles) else []
-    return Message(title, text, next((kind for kind, found in kinds.items() if found), "success"))
-
-
-def _describe(
-    alert: Alert, gaps: Sequence[sqlite3.Row], config: Config, now: int, with_output: bool
-) -> str:
-    """What happened and when, what was expected, what the job said, and where to look."""
-    monitor = config.monitors.get(alert["key"])
-    at, last = alert["at"], alert["last_heartbeat_at"]
-    lines = [_headline(alert, config, now)]
-    if alert["type"] == "down" and last is not None and at - last >= SECOND:
-        since = iso_local(last, config.timezone)
-        lines.append(f"Last heartbeat: {since}, {format_duration(at - last)} before.")
-    if alert["reason"] == "missed" and monitor:
-        lines.append(f"Expected: {describe_rhythm(monitor)}.")
-    if alert["reason"] == "missed" and alert["running_since"] is not None:
-        lines.append(f"It started {iso_local(alert['running_since'], config.timezone)} and has not "
-                     "ended yet.")
-    elif alert["reason"] == "missed" and alert["says_start"]:
-        lines.append("It did not start.")
-    if alert["reason"] == "missed" and last is not None:
-        lines += [
-            f"{describe_gap(gap, config.timezone)}, when this heartbeat may have come."
-            for gap in gaps
-            if last < gap["to_at"] and gap["from_at"] < at and is_long(gap)
-        ]
-    if alert["type"] == "down" and monitor:
-        names = [plain(one.name)[:NAME_SHOWN] for one in config.monitors.values()
-                 if monitor.key in ancestors(config.monitors, one.key)]
+    def _circumstances(self, row: sqlite3.Row, monitor: Monitor | None) -> list[str]:
+        """What was heard last, what was expected, and what else is known of a job that is down."""
+        zone, at, last = self._config.timezone, row["event_at"], row["last_heartbeat_at"]
+        lines = []
+        if last is not None and at - last >= SECOND:
+            lines.append(f"Last heartbeat: {iso_local(last, zone)}, {format_duration(at - last)} "
+                         "before.")
+        if row["reason"] == "missed":
+            lines += [f"Expected: {describe_rhythm(monitor)}."] if monitor else []
+            if (row["running_since"] or 0) > (last or 0):
+                since = iso_local(row["running_since"], zone)
+                lines.append(f"It started {since} and has not ended yet.")
+            elif row["says_start"]:
+                lines.append("It did not start.")
+            lines += [
+                f"{describe_gap(gap, zone)}, when this heartbeat may have come."
+                for gap in self._gaps
+                if last is not None and last < gap["to_at"] and gap["from_at"] < at
+            ]
+        names = [plain(one.name)[:NAME_SHOWN] for one in self._config.monitors.values()
+                 if row["key"] in ancestors(self._config.monitors, one.key)]
         if names:
             verb = "depends" if len(names) == 1 else "depend"
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             lines.append(f"{counted(len(names), 'monitor')} {verb} on it: "
                          f"{', '.join(names[:NAMED])}{more}.")
-    if now - alert["ready_at"] > LATE:
-        lines.append("This alert is late: it could not be delivered before.")
-    output = plain(alert["body"] or "").strip() if with_output else ""
-    if output:
-        lines += ["Output:", *(line[:OUTPUT_WIDTH] for line in output.splitlines()[-OUTPUT_LINES:])]
-    if monitor and monitor.note:
-        lines.append(plain(monitor.note)[:NOTE_SHOWN])
-    lines.append(f"{config.url}/monitor/{alert['key']}" if alert["key"] else f"{config.url}/")
-    return "\n".join(lines)
+        return lines
+
+    def _headline(self, alert: Alert) -> str:
+        """What has happened to a monitor, or to Larm, and when."""
+        row, name, zone = alert.row, alert.subject, self._config.timezone
+        at, lasted = iso_local(row["event_at"], zone), format_duration(row["down_ms"] or 0)
+        when = f"{at}, {far_from(row['event_at'], self._now)}"
+        monitor = self._config.monitors.get(row["key"])
+        limit = monitor.max_runtime if monitor else None
+        why = describe_cause(row["reason"], row["exit_status"], limit)
+        if row["duration_ms"] and row["reason"] == "failed":
+            why += f" after {format_duration(row['duration_ms'])}"
+        start = iso_local(alert.downs[0], zone) if alert.downs else ""
+        if row["key"] is None:
+            return f"Larm: {plain(row['text'])} ({when})."
+        if len(alert.ids) > 2:
+            now = f"down now: {why}" if row["type"] == "down" else "up now"
+            return (f"{name} went down {counted(len(alert.downs), 'time')} from {start} to {at}, "
+                    f"{now}.")
+        if row["type"] == "up" and start:
+            return f"{name} was down from {start} to {at}, for {lasted}, and is up again."
+        if row["type"] == "up":
+            return f"{name} is up again, after {lasted} down ({when})."
+        still = "down"
+        if alert.is_reminder:
+            still = f"still down, for {format_duration(self._now - row['event_at'])}"
+        if row["reason"] == "missed":
+            return f"{name} is {still}: no heartbeat by {when}."
+        return f"{name} is {still}: {why} ({when})."
 
 
-def _headline(alert: Alert, config: Config, now: int) -> str:
-    """What has happened to a monitor, or to Larm, and when."""
-    name, at = subject(alert), alert["at"]
-    when = f"{iso_local(at, config.timezone)}, {far_from(at, now)}"
-    if alert["key"] is None:
-        return f"Larm: {plain(alert['text'])} ({when})."
-    if alert["kind"] == "flapping":
-        monitor = config.monitors.get(alert["key"])
-        held = format_duration(SETTLED_AFTER * monitor.interval) if monitor else "a while"
-        return (f"{name} is flapping: it went down and came up again and again, and is "
-                f"{alert['type']} now ({when}). The next alert comes when it has been up or down "
-                f"for {held}.")
-    if alert["kind"] == "settled":
-        return f"{name} has stopped flapping: it has been {alert['type']} since {when}."
-    if alert["type"] == "up" and alert["downs"]:
-        from_at = iso_local(alert["down_from"], config.timezone)
-        often, last = "", ""
-        if alert["downs"] > 1:
-            often, last = f" {alert['downs']} times", "the last time "
-        return (f"{name} was down{often} from {from_at} to {iso_local(at, config.timezone)}, "
-                f"{last}for {format_duration(alert['down_ms'])}, and is up again.")
-    if alert["type"] == "up":
-        return f"{name} is up again, after {format_duration(alert['down_ms'])} down ({when})."
-    reminds = alert["kind"] == "reminder"
-    still = f"still down, for {format_duration(now - at)}" if reminds else "down"
-    if alert["reason"] == "failed":
-        status, lasted = alert["exit_status"], alert["duration_ms"]
-        said = "the job reported a failure" if status is None else f"exit status {status}"
-        after = "" if lasted is None else f" after {format_duration(lasted)}"
-        return f"{name} is {still}: {said}{after} ({when})."
-    if alert["reason"] == "overran":
-        monitor = config.monitors.get(alert["key"])
-        limit = format_duration(monitor.max_runtime) if monitor and monitor.max_runtime else "time"
-        return f"{name} is {still}: a run has not ended within {limit} ({when})."
-    return f"{name} is {still}: no heartbeat by {when}."
-
-
-def is_long(gap: sqlite3.Row) -> bool:
-    """Whether a gap in Larm's attention is worth a word: a restart within seconds is not."""
-    return gap["monitor_id"] is None and bool(gap["to_at"] - gap["from_at"] > GAP)
-
-
-def upcoming(monitor: Monitor, zone: tzinfo, now: int) -> list[str]:
-    """A schedule's next three occurrences, for people."""
-    moments = monitor.schedule.next_after(now, 3) if monitor.schedule else []
-    return [iso_local(moment, zone) for moment in moments]
+def _uncalled(line: str) -> str:
+    """A job's line in which nothing calls people or is a link, unless it is one: a space of no
+    width stands behind what would begin it.
+    """
+    return re.sub(r"(?<![\w.])@(?=\w)|<(?=[@!#])|\](?=\()", "\\g<0>\u200b", line)
 
 
 def describe_channel(row: sqlite3.Row | None, zone: tzinfo, now: int) -> str:
@@ -3559,17 +3553,37 @@ def describe_channel(row: sqlite3.Row | None, zone: tzinfo, now: int) -> str:
     return "; ".join(found)
 
 
-def describe_rhythm(monitor: Monitor) -> str:
-    """When a job is due, for people: "every 1 d, with 30 min grace"."""
-    if monitor.schedule:
-        due = f"{monitor.schedule.in_words} ({monitor.schedule.zone_name or 'local time'})"
-    else:
-        due = f"every {format_duration(monitor.interval)}"
-    return f"{due}, with {format_duration(monitor.grace) if monitor.grace else 'no'} grace"
+def quiet_until(monitor: Monitor, zone: tzinfo, now: int) -> int | None:
+    """The end of the monitor's quiet hours, where it is in them."""
+    local = datetime.fromtimestamp(now // SECOND, zone)
+    for first_day in (local.date() - timedelta(1), local.date()):
+        for start, end in monitor.quiet:
+            last_day = first_day + timedelta(int(end <= start))
+            from_at, to_at = (
+                round((datetime(day.year, day.month, day.day, tzinfo=zone)
+                       + timedelta(milliseconds=ms)).timestamp()) * SECOND
+                for day, ms in ((first_day, start), (last_day, end))
+            )
+            if from_at <= now < to_at:
+                return to_at
+    return None
+
+
+@dataclass
+class Attempt:
+    """A message on its way to a channel, in a thread of its own."""
+
+    channel: str
+    alerts: Sequence[Alert]
+    urls: tuple[str, ...]
+    started: int  # monotonic
+    thread: threading.Thread = field(default_factory=threading.Thread)
+    is_given_up: bool = False
+    is_sent: bool = False
 
 
 class Notifier:
-    """The outbox: sends what is pending, in a thread for each channel that has something to send.
+    """Sends what is due, one message at a time to each channel.
 
     A delivery is sent at least once: it stays pending until its channel has accepted it and that
     is on disk (law 6). Its pauses grow for 3 days, then it has failed.
@@ -3578,91 +3592,260 @@ class Notifier:
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
-        self._config: Config | None = None
-        self._senders: dict[str, threading.Thread] = {}
+        self._config: Config
+        self._by_id: Mapping[int, Watched] = {}
+        self._planned: dict[str, list[Alert]] = {}
+        self._attempts: dict[str, Attempt] = {}
+        self._hanging: list[Attempt] = []
         self._accepted: dict[tuple[str, str], set[int]] = {}  # of a channel's URLs some may fail
         self._warning: dict[str, threading.Thread] = {}
         self.tries: Counter[tuple[str, str]] = Counter()  # since the start, by channel and result
         self._stopping = threading.Event()
 
-    def use(self, config: Config) -> None:
-        self._config = config
+    def use(self, config: Config, watched: Iterable[Watched]) -> None:
+        """Take over a configuration; part of the operation that adopts it."""
+        self._config, self._by_id = config, {one.id: one for one in watched}
 
-    def deliver_due(self) -> None:
-        """Start a sender for each channel that has something due and none yet."""
-        now = self._clock.now()
-        if now < SANE:
-            return
-        with self._store.reading() as db:
-            due = channels_due(db, now)
-        self._senders = {name: thread for name, thread in self._senders.items()
-                         if thread.is_alive()}
-        for channel in due:
-            if channel not in self._senders and not self._stopping.is_set():
-                thread = threading.Thread(
-                    target=self._send_pending, args=(channel,), name=f"to {channel}", daemon=True
-                )
-                self._senders[channel] = thread
-                thread.start()
+    # Judging: a step of the tick
 
-    def _send_pending(self, channel: str) -> None:
+    def plan(self, db: sqlite3.Connection, now: int) -> None:
+        """Judge what is due by now: it is sent, or due later, or not to be told any more."""
+        planned = {}
+        due = db.execute("SELECT DISTINCT channel FROM deliveries WHERE due_at <= ?", (now,))
+        for [channel] in due.fetchall():
+            if channel not in self._config.channels:
+                db.execute("""
+                    UPDATE deliveries
+                    SET state = IIF(state = 'sent', 'sent', 'failed'), due_at = NULL,
+                        tried_from = NULL, error = :gone
+                    WHERE channel = :channel AND due_at NOTNULL
+                    """, {"channel": channel, "gone": "the channel is not in larm.toml any more"})
+            elif channel not in self._attempts or not self._attempts[channel].thread.is_alive():
+                planned[channel] = self._judge_channel(db, channel, now)
+        self._store.after_commit.append(lambda: setattr(self, "_planned", planned))
+
+    def _judge_channel(self, db: sqlite3.Connection, channel: str, now: int) -> list[Alert]:
+        """The channel's alerts that make one message now: all that came within 3 s, and all that
+        could not be sent before, so that their order is kept.
+        """
+        groups: dict[object, list[sqlite3.Row]] = {}
+        for row in rows(db, """
+            SELECT d.*, e.monitor_id, e.type, e.at AS event_at, e.reason, e.last_heartbeat_at,
+                e.down_ms, e.topic, e.text, m.key, m.name, m.state AS now_state, m.received_at,
+                h.body, h.exit_status, h.duration_ms,
+                (SELECT MAX(at) FROM heartbeats WHERE monitor_id = m.id AND run NOTNULL)
+                    AS running_since,
+                EXISTS (SELECT 1 FROM heartbeats WHERE monitor_id = m.id AND signal = 'start')
+                    AS says_start
+            FROM deliveries d
+            JOIN events e ON e.id = d.event_id
+            LEFT JOIN monitors m ON m.id = e.monitor_id
+            LEFT JOIN heartbeats h ON h.id = e.heartbeat_id
+            WHERE d.channel = :channel AND (
+                d.due_at <= :soon OR d.tried_from NOTNULL
+                OR (d.state = 'pending' AND e.monitor_id IN (
+                    SELECT monitor_id
+                    FROM deliveries due JOIN events ON events.id = due.event_id
+                    WHERE due.channel = :channel AND due.due_at <= :soon
+                ))
+            )
+            ORDER BY d.id
+            LIMIT :limit
+            """, channel=channel, soon=now + DIGEST_WITHIN, limit=BATCH):
+            groups.setdefault(row["topic"] or row["monitor_id"], []).append(row)
+        alerts = []
+        for group in groups.values():
+            told = untold = [row for row in group if row["state"] == "pending"]
+            if not untold and self._is_still_down(db, group[-1]):
+                told = group
+            else:  # no reminder beside news, or of what is over
+                _put_off(db, [(None, None, row["id"]) for row in group if row["state"] == "sent"])
+            if not told:
+                continue
+            watched = self._by_id.get(told[0]["monitor_id"])
+            waits = self._waits(db, watched, told, channel, now) if watched else None
+            if waits is None:
+                tried = [row["tried_from"] for row in told if row["tried_from"] is not None]
+                downs = [row["event_at"] for row in told if row["type"] == "down"]
+                alerts.append(Alert(told[-1], tuple(row["id"] for row in told), tuple(downs),
+                                    not untold, any(row["error"] == LIMITED for row in told),
+                                    min(tried, default=None)))
+            elif waits[0] is None:
+                db.executemany("""
+                    UPDATE deliveries
+                    SET state = 'failed', due_at = NULL, tried_from = NULL, error = ? WHERE id = ?
+                    """, [(waits[1], row["id"]) for row in told])
+            else:
+                _put_off(db, [(*waits, row["id"]) for row in told])
+        return sorted(alerts, key=lambda alert: alert.ids[-1])
+
+    def _is_still_down(self, db: sqlite3.Connection, told: sqlite3.Row) -> bool:
+        """Whether there is something to remind of."""
+        watched = self._by_id.get(told["monitor_id"])
+        if watched is None or not watched.monitor.remind or told["now_state"] != "down":
+            return False
+        newest = first(db, """
+            SELECT id FROM events
+            WHERE monitor_id = :id
+            AND NOT EXISTS (SELECT 1 FROM gaps WHERE open AND monitor_id = :id)
+            ORDER BY id DESC LIMIT 1
+            """, id=watched.id)
+        return bool(newest == told["event_id"])
+
+    def _waits(
+        self, db: sqlite3.Connection, watched: Watched, told: Sequence[sqlite3.Row], channel: str,
+        now: int,
+    ) -> tuple[int | None, str] | None:
+        """(until when, why) news about a monitor is not told yet; None, why: it never will be."""
+        newest, oldest = told[-1], told[0]
+        if newest["type"] == "down":
+            if held := self._held(db, watched, newest, now):
+                return held
+        elif oldest["type"] == "down" and oldest["tried_from"] is None:
+            held = self._held(db, watched, oldest, now)
+            if (oldest["error"] or "").startswith(HELD) or (held and held[1].startswith(HELD)):
+                return None, "withdrawn: it came up again with what it depends on"
+        if until := quiet_until(watched.monitor, self._config.timezone, now):
+            clock = iso_local(until, self._config.timezone)[11:16]
+            return min(until, now + MINUTE), f"quiet until {clock}"  # it may be changed
+        sent = rows(db, """
+            SELECT at, limited
+            FROM messages
+            WHERE monitor_id = :id AND channel = :channel AND at > :since
+            ORDER BY at DESC
+            LIMIT :most
+            """, id=watched.id, channel=channel, since=now - HOUR, most=MESSAGES_AN_HOUR)
+        most = MESSAGES_AN_HOUR - (newest["state"] == "sent")  # a reminder keeps no news waiting
+        if len(sent) >= most or (sent and sent[0]["limited"]):
+            return sent[0]["at"] + HOUR, LIMITED
+        return None
+
+    def _held(
+        self, db: sqlite3.Connection, watched: Watched, event: sqlite3.Row, now: int
+    ) -> tuple[int, str] | None:
+        """(until when, why) the alert that a monitor is down waits for one that it depends on."""
+        verdict: tuple[int, str] | None = None
+        for parent_id in watched.above:
+            parent = db.execute("""
+                SELECT * FROM monitors
+                WHERE id = :id AND NOT EXISTS (SELECT 1 FROM gaps WHERE open AND monitor_id = :id)
+                """, {"id": parent_id}).fetchone()
+            if parent is None:
+                continue
+            if parent["state"] == "down":
+                return now + LOOK_AGAIN, f"{HELD}{parent['key']} is down"
+            if event["reason"] != "missed" or event["event_at"] > now:  # the clock was set back
+                continue
+            back = newest_up(db, parent_id)
+            if back is not None and (event["received_at"] or 0) < back["at"] <= now:
+                off = first(db, """
+                    SELECT COALESCE(SUM(to_at - MAX(from_at, :back)), 0)
+                    FROM gaps
+                    WHERE why = 'away' AND to_at > :back
+                    """, back=back["at"])
+                until = back["at"] + off + min(watched.monitor.interval, HOUR)
+                if until > now:
+                    return until, f"{HELD}{parent['key']} has just come back"
+            heard_at = (parent["base_at"] or 0) + parent["moved"]  # in today's time
+            if parent["deadline_at"] and heard_at < event["event_at"]:
+                until = min(parent["deadline_at"] + DIGEST_WITHIN,
+                            event["event_at"] + VERDICT_WITHIN)
+                if until > now:
+                    verdict = (min(until, now + LOOK_AGAIN), f"waits for news of {parent['key']}")
+        return verdict
+
+    # Sending
+
+    def deliver(self) -> None:
+        """Send what was planned, and give up on what takes too long."""
+        monotonic = self._clock.monotonic()
+        self._hanging = [one for one in self._hanging if one.thread.is_alive()]
+        for channel, attempt in list(self._attempts.items()):
+            if not attempt.thread.is_alive():
+                del self._attempts[channel]
+            elif not attempt.is_sent and (
+                monotonic - attempt.started > ATTEMPT_WITHIN
+                or attempt.urls != self._config.channels.get(channel)
+            ):
+                attempt.is_given_up = True
+                self._hanging.append(attempt)
+                del self._attempts[channel]
+                with contextlib.suppress(Unrecordable):  # what is still due is tried again
+                    self._note(attempt, f"no answer within {format_duration(ATTEMPT_WITHIN)}")
+        planned, self._planned = self._planned, {}
+        for channel, alerts in planned.items():
+            if not alerts or channel in self._attempts or self._stopping.is_set():
+                continue
+            attempt = Attempt(channel, alerts, self._config.channels.get(channel, ()), monotonic)
+            if sum(one.urls == attempt.urls for one in self._hanging) >= HANGING:
+                with contextlib.suppress(Unrecordable):
+                    self._note(attempt, f"{HANGING} attempts before this one still hang")
+                continue
+            attempt.thread = threading.Thread(
+                target=self._try, args=(attempt,), name=f"to {channel}", daemon=True
+            )
+            self._attempts[channel] = attempt
+            attempt.thread.start()
+
+    def _try(self, attempt: Attempt) -> None:
         try:
-            while not self._stopping.is_set() and self.attempt(channel):
-                pass
-        except Exception as error:  # deliveries stay pending, and are tried again with a tick
-            log.error("%s: %s: %s", channel, type(error).__name__, mask(str(error), ()))
-            self._stopping.wait(10)
+            errors = [error for url in attempt.urls if (error := self._send_to(url, attempt))]
+        except Exception as error:  # whatever it is, it is tried again
+            errors = [f"{type(error).__name__}: {mask(str(error), attempt.urls)}"]
+        if attempt.is_given_up and errors:
+            return
+        attempt.is_sent = not errors
+        for url in () if errors else attempt.urls:  # a reminder is the same delivery once more
+            self._accepted.pop((attempt.channel, url), None)
+        while True:  # what was sent must not be sent again for a full disk
+            with contextlib.suppress(Unrecordable):
+                self._note(attempt, "; ".join(dict.fromkeys(errors)) or None).result()
+                return
+            if self._stopping.wait(1):
+                return
 
-    def attempt(self, channel: str) -> bool:
-        """Send what the channel has pending as one message; True if there may be more by now."""
-        config = self._config
-        now = self._clock.now()
-        with self._store.reading() as db:
-            alerts = ripe(pending_alerts(db, channel), now)
-            if config is None or not alerts:
-                return False
-            heard = [alert["last_heartbeat_at"] or alert["at"] for alert in alerts]
-            gaps = gaps_since(db, min(heard))
-        urls = config.channels.get(channel)
-        if urls is None:
-            gone = "the channel is not in the configuration any more"
-            self._note(channel, alerts, "failed", gone, 0)
-            return True
-        errors = [
-            error for url in urls if (error := self._send_to(channel, url, alerts, gaps, config))
-        ]
-        self.tries[channel, "failed" if errors else "sent"] += 1
-        if not errors:
-            self._note(channel, alerts, "sent", None, 0)
-            log.info("%s: sent %s", channel, "; ".join(f"{label(one)}: {subject(one)}"
-                                                       for one in alerts[:5]))
-            return True
-        self._retry(channel, alerts, "; ".join(dict.fromkeys(errors)))
-        return False
-
-    def _send_to(
-        self,
-        channel: str,
-        url: str,
-        alerts: Sequence[Alert],
-        gaps: Sequence[sqlite3.Row],
-        config: Config,
-    ) -> str | None:
+    def _send_to(self, url: str, attempt: Attempt) -> str | None:
         """Send by one of a channel's URLs what it has not accepted before; None, or the error."""
-        accepted = self._accepted.setdefault((channel, url), set())
-        accepted &= {alert["id"] for alert in alerts}
-        missing = [alert for alert in alerts if alert["id"] not in accepted]
+        accepted = self._accepted.setdefault((attempt.channel, url), set())
+        accepted &= {alert.ids[-1] for alert in attempt.alerts}
+        missing = [alert for alert in attempt.alerts if alert.ids[-1] not in accepted]
         if not missing:
             return None
-        message = compose(missing, gaps, config, self._clock.now(), room(url))
+        heard = [one.row["last_heartbeat_at"] or one.row["event_at"] for one in missing]
+        with self._store.reading() as db:
+            gaps = gaps_since(db, min(heard)).get(None, [])
+        composer = Composer(self._config, gaps, self._clock.now(), Paper.of(url))
+        message = composer.compose(missing)
         error = send([url], message.title, message.body, message.kind)
         if error is None:
-            accepted.update(alert["id"] for alert in missing)
+            accepted.update(alert.ids[-1] for alert in missing)
         return error
+
+    def _note(self, attempt: Attempt, error: str | None) -> Write[None]:
+        """Write what became of an attempt; raises Unrecordable."""
+        channel = attempt.channel
+        self.tries[channel, "failed" if error else "sent"] += 1
+
+        def note(db: sqlite3.Connection) -> None:
+            now = self._clock.now()
+            pause = note_attempt(db, channel, attempt.alerts, error, now)
+            for alert in attempt.alerts if error is None else ():
+                watched = self._by_id.get(alert.row["monitor_id"])
+                if watched and watched.monitor.remind and alert.row["type"] == "down":
+                    db.execute("UPDATE deliveries SET due_at = ? WHERE id = ?",
+                               (now + watched.monitor.remind, alert.ids[-1]))
+            said = "; ".join(f"{one.label}: {one.subject}" for one in attempt.alerts[:5])
+            again = format_duration(pause)
+            self._store.after_commit.append(lambda: (
+                log.info("%s: sent %s", channel, said) if error is None else
+                log.warning("%s: not sent: %s; next try in %s", channel, error, again)
+            ))
+
+        return self._store.submit(note)
 
     def warn(self, text: str, is_over: Callable[[], bool]) -> None:
         """Tell every channel at once what no outbox can hold; tries again until it is over."""
-        for channel, urls in self._config.channels.items() if self._config else ():
+        for channel, urls in self._config.channels.items():
             if channel not in self._warning or not self._warning[channel].is_alive():
                 self._warning[channel] = threading.Thread(
                     target=self._warn, args=(urls, text, is_over), daemon=True
@@ -3676,295 +3859,1060 @@ class Notifier:
             if send(urls, f"LARM: {text.partition(':')[0]}", f"Larm: {text}.", "failure") is None:
                 return
 
-    def _retry(self, channel: str, alerts: Sequence[sqlite3.Row], error: str) -> None:
-        attempts = max(alert["attempts"] for alert in alerts)
-        pause = round(PAUSES[min(attempts, len(PAUSES) - 1)] * random.uniform(1, 1.1))
-        self._note(channel, alerts, "pending", error, pause)
-        log.warning("%s: not sent: %s; next try in %s", channel, error, format_duration(pause))
-
-    def _note(
-        self, channel: str, alerts: Iterable[Alert], state: str, error: str | None, pause: int
-    ) -> None:
-        """Keep at it until it is on disk: what was sent must not be sent again for a full disk."""
-        ids = [int(id) for alert in alerts for id in alert["ids"].split(",")]
-
-        def note(db: sqlite3.Connection) -> None:
-            now = self._clock.now()
-            note_attempt(db, channel, ids, state, now, now + pause, error)
-
-        while True:
-            with contextlib.suppress(Unrecordable):
-                return self._store.write(note)
-            if self._stopping.wait(1):
-                return None
+    def wait(self, seconds: float) -> None:
+        """Wait until nothing is under way, or so long."""
+        end = time.monotonic() + seconds
+        for attempt in list(self._attempts.values()):
+            attempt.thread.join(max(0.0, end - time.monotonic()))
 
     def stop(self, seconds: float) -> None:
         """Let what is under way end within so many seconds; the rest is tried at the next start."""
         self._stopping.set()
-        end = time.monotonic() + seconds
-        for thread in self._senders.values():
-            thread.join(max(0.0, end - time.monotonic()))
+        self.wait(seconds)
+
+
+def _put_off(
+    db: sqlite3.Connection, deliveries: Iterable[tuple[int | None, str | None, int]]
+) -> None:
+    """(due_at, why, id)"""
+    db.executemany("""
+        UPDATE deliveries SET due_at = ?, error = IIF(state = 'sent', NULL, ?) WHERE id = ?
+        """, deliveries)
+
+
+def note_attempt(
+    db: sqlite3.Connection, channel: str, alerts: Sequence[Alert], error: str | None, now: int
+) -> int:
+    """What became of an attempt to send these alerts. Where it failed, they are tried again after a
+    pause, unless they have been tried for too long; returns that pause in milliseconds.
+    """
+    ids = json.dumps([id for alert in alerts for id in alert.ids])
+    tries = first(db, "SELECT MAX(IIF(tried_from IS NULL, 0, attempts)) FROM deliveries "
+                      "WHERE id IN (SELECT value FROM json_each(:ids))", ids=ids) or 0
+    pause = round(PAUSES[min(tries, len(PAUSES) - 1)] * random.uniform(1, 1.1))
+    db.execute("""
+        UPDATE deliveries
+        SET state = CASE
+                WHEN :error IS NULL THEN 'sent'
+                WHEN tried_from < :too_long_ago THEN 'failed'
+                ELSE 'pending'
+            END,
+            attempts = attempts + 1, at = :now, error = :error,
+            due_at = IIF(:error IS NULL OR tried_from < :too_long_ago, NULL, :now + :pause),
+            tried_from = IIF(
+                :error IS NULL OR tried_from < :too_long_ago, NULL, COALESCE(tried_from, :now)
+            )
+        WHERE id IN (SELECT value FROM json_each(:ids)) AND (state <> 'failed' OR :error IS NULL)
+        """, {"ids": ids, "error": error, "now": now, "pause": pause,
+              "too_long_ago": now - GIVE_UP_AFTER})
+    db.executemany(
+        "INSERT INTO messages SELECT ?, ?, ?, ? WHERE EXISTS (SELECT 1 FROM monitors WHERE id = ?)",
+        [(one.row["monitor_id"], channel, now, one.is_limited, one.row["monitor_id"])
+         for one in alerts if error is None and one.row["monitor_id"] is not None],
+    )
+    db.execute("INSERT OR IGNORE INTO channels (name) VALUES (?)", (channel,))
+    db.execute("""
+        UPDATE channels
+        SET sent_at = IIF(:error IS NULL, :now, sent_at), error = COALESCE(:error, error),
+            failed_at = IIF(:error IS NULL, failed_at, :now),
+            failing_since = IIF(:error IS NULL, NULL, COALESCE(failing_since, :now))
+        WHERE name = :name
+        """, {"name": channel, "error": error, "now": now})
+    return pause
 
 
 # ======================================================================================
-# Web: translates HTTP to calls. Holds no state but who guessed a wrong password.
+# Pages: what people read, as words, drawings and HTML. Knows nothing of HTTP.
 # ======================================================================================
 
-HEARTBEATS = "/api/heartbeat/"
-THREADS = 32  # Waitress's; as many as there are clients makes the commits large
-CONNECTIONS = 500  # well below the 1,024 files that select() can watch
-BODY_LIMIT = 10_000_000  # bytes of a request, its chunks' frames too; more gets 413 from Waitress
-RETRY_AFTER = 5  # seconds
-GUESSES = 10  # wrong passwords a minute from one address
-PAGE, LONGEST_PAGE = 100, 1_000  # heartbeats or events in one answer of the API
-_OK = b'{"status": "ok"}'
-_UNAVAILABLE = b'{"status": "unavailable"}'
-_FORWARDED = re.compile("HTTP_(.*FORWARDED.*|VIA|X_REAL_IP|.*CLIENT_IP|CF_CONNECTING_IP)")
-CHALLENGE = 'Basic realm="Larm", charset="UTF-8"'
-ERROR_TYPES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
-               429: "rate_limited", 500: "unavailable", 503: "unavailable"}
-ERROR_HEADERS = {401: {"WWW-Authenticate": CHALLENGE}, 429: {"Retry-After": "60"},
-                 503: {"Retry-After": str(RETRY_AFTER)}}
 
-Environ = dict[str, Any]
-StartResponse = Callable[[str, list[tuple[str, str]]], object]
+class Html(str):
+    """Text that is HTML already. Only tag() and this room's own markup make it."""
 
 
-def describe_monitor(
-    row: sqlite3.Row | None,
-    monitor: Monitor,
-    config: Config,
-    changes: Sequence[sqlite3.Row],
-    gaps: Sequence[Gap],
-    now: int,
-) -> dict[str, Any]:
-    """A monitor as interface.md's JSON has it; `row`: None where the database knows none yet."""
-
-    def moment(column: str) -> str | None:
-        return iso_utc(row[column]) if row is not None and row[column] is not None else None
-
-    spans = {"24h": DAY, "7d": 7 * DAY, "30d": 30 * DAY, "90d": 90 * DAY}
-    token = monitor.token or (row["made_token"] if row is not None else None)
-    created_at = row["created_at"] if row is not None else now
-    if row is not None and row["unwatched_at"] is not None:
-        gaps = [*gaps, {"monitor_id": row["id"], "from_at": row["unwatched_at"], "to_at": now}]
-    state = shown_state(row, monitor, now)
-    since = {"paused": "unwatched_at", "late": "expected_at"}.get(state, "since")
-    return {
-        "id": monitor.key,
-        "name": monitor.name,
-        "check_type": "heartbeat",
-        "enabled": monitor.enabled,
-        "state": state,
-        "since": moment(since),
-        "running": bool(row is not None and row["running"]),
-        "interval_seconds": _seconds(monitor.interval),
-        "schedule": monitor.schedule.expression if monitor.schedule else None,
-        "timezone": monitor.schedule.zone_name if monitor.schedule else None,
-        "grace_seconds": _seconds(monitor.grace),
-        "last_heartbeat_at": moment("received_at"),
-        "last_duration_ms": row["last_duration_ms"] if row is not None else None,
-        "expected_at": None if state == "paused" else moment("expected_at"),
-        "deadline_at": None if state == "paused" else moment("deadline_at"),
-        "uptime": {
-            name: uptime(changes, gaps, created_at, span, now) for name, span in spans.items()
-        },
-        "channels": list(monitor.notify),
-        "note": monitor.note,
-        "ping_url": config.ping_url(token) if token else None,
-    }
-
-
-def _seconds(ms: int) -> int | float:
-    return ms // SECOND if ms % SECOND == 0 else ms / SECOND
-
-
-def describe_monitors(
-    db: sqlite3.Connection | None, config: Config, now: int, keys: Iterable[str] | None = None
-) -> list[dict[str, Any]]:
-    """The configuration's monitors, in its order, or the named ones; `db`: None before the first
-    start.
+def tag(element: str, /, *content: object, **attributes: object) -> Html:
+    """An element. What is not Html is escaped, so that nothing but text comes of any text.
+    An attribute may end in _ (class_) and have _ for - (aria_label); None leaves it out.
     """
-    rows = read_monitors(db) if db else {}
-    changes = state_changes(db, now - 90 * DAY) if db else {}
-    gaps: dict[int | None, list[sqlite3.Row]] = defaultdict(list)
-    for gap in gaps_since(db, now - 90 * DAY) if db else ():
-        gaps[gap["monitor_id"]].append(gap)
-    described = []
-    for key in config.monitors if keys is None else keys:
-        row = rows.get(key)
-        id = row["id"] if row is not None else 0
-        own = changes.get(id, [])
-        described.append(
-            describe_monitor(row, config.monitors[key], config, own, gaps[None] + gaps[id], now)
-        )
-    return described
+    inner = "".join([one if isinstance(one, Html) else escape(str(one)) for one in content])
+    words = "".join([f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
+                     for key, value in attributes.items() if value is not None])
+    return Html(f"<{element}{words}>{inner}</{element}>")
 
 
-def describe_heartbeat(row: sqlite3.Row, viewer: bool) -> dict[str, Any]:
-    """A heartbeat as interface.md's JSON has it; to others than viewers, without what was sent."""
-    kept = ("signal", "exit_status", "duration_ms", "method")
-    sent = {"from": "sender", "user_agent": "user_agent", "rid": "rid", "body": "body"}
-    return {
-        "id": row["id"],
-        "at": iso_utc(row["at"]),
-        **{name: row[name] for name in kept},
-        **{name: row[column] if viewer else None for name, column in sent.items()},
+def table(kind: str, heads: Sequence[str], rows: Sequence[Html], title: str = "") -> Html:
+    """A table below its title; nothing at all where it has no rows."""
+    head = [tag("thead", tag("tr", *[tag("th", text, scope="col") for text in heads]))]
+    whole = tag("table", *head * bool(heads), tag("tbody", *rows), class_=kind)
+    if not rows:
+        return Html()
+    return section(title, whole) if title else tag("section", whole, id="monitors")
+
+
+def section(title: str, *content: object) -> Html:
+    return tag("section", tag("h2", title), *content, aria_label=title, id=title.replace(" ", "-"))
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A trouble of Larm's own. `kind` is its mark and colour: a state, or "note"."""
+
+    kind: str
+    title: str
+    text: str
+
+    def draw(self) -> Html:
+        return tag("tr", tag("th", self.title), tag("td", self.text), class_=self.kind)
+
+
+def brief(ms: int) -> str:
+    """A duration in its largest unit; none below a minute, so that a page seldom changes."""
+    for name, unit in (("d", DAY), ("h", HOUR), ("min", MINUTE)):
+        if ms >= unit:
+            return f"{ms // unit} {name}"
+    return "under 1 min"
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Whom a page is for, and when; only a viewer sees tokens, output, notes and channels."""
+
+    config: Config
+    viewer: bool
+    now: int
+
+    def at(self, moment: int | None, form: str = "%H:%M") -> str:
+        """A moment (None: now) as people say it: "05:30", "tomorrow 04:30", "12 Nov 03:00"."""
+        then, today = (datetime.fromtimestamp(ms // SECOND, self.config.timezone)
+                       for ms in (moment or self.now, self.now))
+        days = (then.date() - today.date()).days
+        date = f"%-d %b{' %Y' if abs(days) > 300 else ''} "
+        return then.strftime({0: "", 1: "tomorrow ", -1: "yesterday "}.get(days, date) + form)
+
+    def ago(self, moment: int) -> str:
+        return f"{brief(self.now - moment)} ago"
+
+    def link(self, key: str, text: str) -> Html:
+        """To a monitor's page."""
+        return tag("a", text, href=f"{self.config.prefix}/monitor/{key}")
+
+
+def sentence(view: View, reader: Reader, *, whole: bool = True) -> str:
+    """A monitor's state, why, and what comes next; not `whole`: what its row doesn't say."""
+    monitor, state, at = view.monitor, view.state, reader.at
+    grace = format_duration(monitor.grace) if monitor.grace else "no"
+    resumes = f"until {at(view.resumes_at)}" if view.resumes_at else "until it is resumed"
+    words = [{
+        "up": f"next due {at(view.expected_at)}, then {grace} grace",
+        "late": f"down at {at(view.deadline_at)} unless it pings",
+        "down": describe_cause(view.reason, view.exit_status, monitor.max_runtime),
+        "pending": "watched from its first heartbeat on",
+        "paused": resumes if monitor.enabled else "by enabled = false in its settings",
+    }[state]]
+    if view.waits_for:
+        words.append(f"alert held: {view.waits_for}")
+    if whole:
+        head = "never pinged" if state == "pending" else state
+        if view.since is not None and state != "pending":
+            head += f" since {at(view.since)} ({brief(reader.now - view.since)})"
+        words[0] = f"{head}: {words[0]}"
+        words += [f"running since {at(view.running_since)}"] if view.running_since else []
+    return " ".join(f"{word[0].upper()}{word[1:]}." for word in words)
+
+
+def ping_command(url: str) -> str:
+    """What a job runs when it is done: it prints nothing, and tries on while Larm restarts."""
+    return f"curl -fsS -m 10 --retry 5 --retry-connrefused -o /dev/null {url}"
+
+
+def draw_snippets(monitor: Monitor, url: str) -> Html:
+    """How a job pings, ready to be copied."""
+    days, hours, minutes = (monitor.interval // unit for unit in (DAY, HOUR, MINUTE))
+    times = (  # never further apart than the interval
+        monitor.schedule.expression if monitor.schedule else "0 3 1 * *" if days >= 31
+        else "0 3 * * 0" if days >= 7 else "0 3 * * *" if days
+        else f"0 */{hours} * * *" if hours else f"*/{minutes or 1} * * * *")
+    job, curl = "/path/to/job.sh", ping_command(url)
+    ways = {
+        "crontab": f"{times.replace('*/1 ', '* ')} {job} && {curl}".replace("%", r"\%"),
+        "Shell, with its failures": f"{job}; {curl}/$?",
+        "Wrapper, with its output": f"python3 larm.py run --url {url} -- {job}",
+        "systemd service": f"[Service]\nType=oneshot\nExecStart={job}\nExecStartPost={curl}",
+        "Python": f'import urllib.request\nurllib.request.urlopen("{url}", timeout=10)',
     }
+    rows = [tag("tr", tag("th", way), tag("td", tag("pre", code))) for way, code in ways.items()]
+    return table("pairs", (), rows, "How to ping")
 
 
-def describe_event(row: sqlite3.Row, deliveries: Iterable[sqlite3.Row]) -> dict[str, Any]:
-    """An event, as list_events() gives it, as interface.md's JSON has it."""
-    last = row["last_heartbeat_at"]
-    return {
-        "id": row["id"],
-        "monitor": row["key"],
-        "type": row["type"],
-        "at": iso_utc(row["at"]),
-        "reason": row["reason"],
-        "last_heartbeat_at": None if last is None else iso_utc(last),
-        "down_seconds": None if row["down_ms"] is None else _seconds(row["down_ms"]),
-        "deliveries": [
-            {name: one[name] for name in ("channel", "state", "attempts", "at", "error")}
-            | {"at": None if one["at"] is None else iso_utc(one["at"])}
-            for one in deliveries
-        ],
-    }
-
-
-def labels(**values: str) -> str:
-    """What stands behind a metric's name: {monitor="backup"}."""
-    escapes = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
-    pairs = [f'{name}="{text.translate(escapes)}"' for name, text in values.items()]
-    return f"{{{','.join(pairs)}}}"
-
-
-class Metrics:
-    """What Prometheus scrapes: https://prometheus.io/docs/instrumenting/exposition_formats/
-
-    Counters begin at 0 with Larm's start. Events and gaps are added up from one scrape to the next,
-    so that pruning takes nothing from them.
+def draw_days(days: Sequence[Day], zone: tzinfo) -> Html:
+    """A bar of one cell a day, 2 wide and 1 apart; equal days in a row are one dashed line.
+    Each kind has a height of its own, for those who see no colour. Above a day stands how long
+    it was down, by the root: minutes can be seen, and hours still differ. One that was down
+    throughout is red from top to bottom.
     """
-
-    def __init__(self, store: Store, clock: Clock, intake: Intake, notifier: Notifier) -> None:
-        self._store, self._clock, self._intake, self._notifier = store, clock, intake, notifier
-        self._started_at = clock.now()
-        self._lock = threading.Lock()
-        self._events: Counter[tuple[str, str]] = Counter()  # by key and type
-        self._gaps = self._gap_ms = 0
-        with store.reading() as db:
-            self._event, self._gap = newest_id(db, "events"), newest_id(db, "gaps")
-
-    def _add_up(self, db: sqlite3.Connection) -> None:
-        """Count what has come since the last scrape."""
-        newest = newest_id(db, "events")
-        for event in list_events(db, newest + 1, -1, after=self._event):
-            self._events[event["key"], event["type"]] += 1
-        self._event = newest
-        gaps = gaps_since(db, 0)
-        for gap in gaps:
-            if gap["id"] > self._gap and gap["monitor_id"] is None:
-                self._gaps += 1
-                self._gap_ms += max(0, gap["to_at"] - gap["from_at"])  # < 0: the clock was set back
-        self._gap = gaps[-1]["id"] if gaps else 0
-
-    def text(self, config: Config) -> str:
-        """All of them in the text format, for the configuration's monitors and channels."""
-        with self._lock, self._store.reading() as db:
-            self._add_up(db)
-            rows, pending = read_monitors(db), count_pending(db)
-        durations = {key: row["last_duration_ms"] for key, row in rows.items()
-                     if row["last_duration_ms"] is not None}
-        now, tries, channels = self._clock.now(), self._notifier.tries, config.channels
-        states = {key: shown_state(rows.get(key), monitor, now)
-                  for key, monitor in config.monitors.items()}
-
-        def seconds(of: Callable[[str], int | None]) -> dict[str, float]:
-            found = [(key, of(key)) for key in states if key in rows]
-            return {labels(monitor=key): ms / SECOND for key, ms in found if ms is not None}
-
-        families: dict[str, Mapping[str, float]] = {  # name, type, help: values by labels
-            "larm_build_info gauge The version that runs.": {labels(version=__version__): 1},
-            "process_start_time_seconds gauge When Larm started and every counter was 0.":
-                {"": self._started_at / SECOND},
-            "larm_pings_throttled_total counter Pings that were answered, but not stored.":
-                {"": self._intake.throttled},
-            "larm_commit_seconds summary How long the writer's commits took.":
-                {"_sum": self._store.commit_seconds, "_count": self._store.stored},
-            "larm_gaps_total counter Times that Larm had not been watching.": {"": self._gaps},
-            "larm_gap_seconds_total counter How long Larm was not watching.":
-                {"": self._gap_ms / SECOND},
-            "larm_deliveries_total counter Messages given to a channel; failed is tried again.":
-                {labels(channel=channel, result=result): tries[channel, result]
-                 for channel in channels for result in ("sent", "failed")},
-            "larm_deliveries_pending gauge Alerts that are yet to be sent.":
-                {labels(channel=channel): pending.get(channel, 0) for channel in channels},
-            "larm_monitor_state gauge 1 for the state that the monitor is in.":
-                {labels(monitor=key, state=state): int(state == found)
-                 for key, found in states.items() for state in STATES},
-            "larm_monitor_last_heartbeat_timestamp_seconds gauge When the last success came.":
-                seconds(lambda key: rows[key]["received_at"]),
-            "larm_monitor_deadline_timestamp_seconds gauge When it goes down without a heartbeat.":
-                seconds(lambda key: rows[key]["deadline_at"] if states[key] != "paused" else None),
-            "larm_monitor_last_duration_seconds gauge How long the last run took.":
-                seconds(durations.get),
-            "larm_events_total counter Times that a monitor went down or came up.":
-                {labels(monitor=key, type=type): self._events[key, type]
-                 for key in states for type in ("down", "up")},
-        }
-        lines = []
-        for family, samples in families.items():
-            name, kind, meaning = family.split(" ", 2)
-            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{rest} {value}" for rest, value in samples.items()]
-        return "\n".join([*lines, ""])
+    middles = {"up": 20, "unwatched": 22, "none": 23}  # of the lines, in a height of 24
+    fell: list[str] = []
+    at, drawn, red = 0, "", ""
+    for kind, run in itertools.groupby("up" if day.kind == "partly" else day.kind for day in days):
+        count = len(list(run))
+        if kind != "down":
+            drawn += f'<path class={kind} d="M{3 * at} {middles[kind]}h{3 * count - 1}"/>'
+        at += count
+    for number, day in enumerate(days):
+        if day.down:
+            whole, height = day.kind == "down", 2 + 13 * min(1, day.down / DAY) ** 0.5
+            red += f"M{3 * number + 1} {'24V0' if whole else f'15v-{height:.0f}'}"
+            date = datetime.fromtimestamp(day.start // SECOND, zone)
+            fell.insert(0, f"{date:%-d %b} {'all day' if whole else brief(day.down)}")
+    drawn += f'<path class=down d="{red}"/>' if red else ""
+    words = "Down " + ", ".join(fell[:3] + ["…"] * (len(fell) > 3))
+    if not fell:
+        words = "Not down" if "class=up" in drawn else "No data"
+    return Html(f'<svg viewBox="0 0 {3 * len(days) - 1} 24"><title>{words}</title>'
+                f"{drawn}</svg>")
 
 
-def describe_days(
-    db: sqlite3.Connection, keys: Iterable[str], days: Sequence[int], now: int
-) -> dict[str, list[Day]]:
-    """days_of() these monitors, by key."""
-    rows, changes = read_monitors(db), state_changes(db, days[0])
-    gaps: dict[int | None, list[Gap]] = defaultdict(list)
-    for gap in gaps_since(db, days[0]):
-        gaps[gap["monitor_id"]].append(gap)
-    found = {}
-    for key in keys:
-        row = rows.get(key)
-        if row is None or row["state"] == "pending":
-            found[key] = days_of([], [], now, days, now)
-            continue
-        own = gaps[row["id"]]
-        if row["unwatched_at"] is not None:
-            own.append({"monitor_id": row["id"], "from_at": row["unwatched_at"], "to_at": now})
-        since = row["created_at"]
-        found[key] = days_of(changes.get(row["id"], []), gaps[None] + own, since, days, now)
+def figures(view: View, now: int) -> list[str]:
+    """How much of the time it was up, of each period that there is a figure for."""
+    found = [f"{span[:-1]} {span[-1]}: {up:g} %" for span, up in view.uptime.items()
+             if up is not None]
+    if not found and view.first_day is not None and view.heard_from is not None:
+        return [f"since {brief(now - view.heard_from)}: {view.first_day:g} %"]
     return found
 
 
-class Access:
-    """Who is a viewer (interface.md, "The rest of HTTP")."""
+def draw_row(view: View, reader: Reader, detailed: bool) -> Html:
+    """A monitor in the dashboard's table; `detailed`: with what is to be said of it below."""
+    monitor, state, now = view.monitor, view.state, reader.now
+    lasts = "" if view.since is None or state == "pending" else brief(now - view.since)
+    heard = [] if view.received_at is None else [reader.ago(view.received_at)]
+    heard += [f"running {brief(now - view.running_since)}"] if view.running_since else []
+    due = "" if view.expected_at is None else reader.at(view.expected_at)
+    row = tag("tr", tag("th", reader.link(monitor.key, monitor.name)),
+              tag("td", state, " ", tag("small", lasts)), tag("td", ", ".join(heard)),
+              tag("td", "was due " if state == "late" else "", due),
+              tag("td", draw_days(view.days, reader.config.timezone)),
+              tag("td", *figures(view, now)[-1:]), class_=state, id=f"m-{monitor.key}")
+    if not detailed:
+        return row
+    code = "\n".join(plain(view.output).strip().splitlines()[-3:])
+    if state == "pending" and view.token:
+        code = ping_command(reader.config.ping_url(view.token))
+    more = [tag("p", sentence(view, reader, whole=False))]
+    more += [tag("p", monitor.note, dir="auto")] if reader.viewer and monitor.note else []
+    more += [tag("pre", code, dir="auto")] if reader.viewer and code else []
+    return Html(row + tag("tr", tag("td", *more, colspan=6), class_="more"))
 
-    def __init__(self, config: Config, clock: Clock) -> None:
-        self._password = config.password
-        self._own_host = urlsplit(config.url).hostname
-        self._own_netloc = urlsplit(config.url).netloc.lower()
+
+def draw_events(
+    events: Iterable[Event], explained: Mapping[str, int | None], reader: Reader,
+    several: bool = False,
+) -> Html:
+    """What happened, and who was told. `explained`: since when is down what says elsewhere why."""
+    rows = []
+    for event in events:
+        when = reader.at(event.at)
+        why = "" if explained.get(event.key) == event.at else (
+            f": {describe_cause(event.reason, event.exit_status)}")
+        what = f"down{why}" if event.type == "down" else (
+            f"up again after {format_duration(event.down or 0)}")
+        told = []
+        for one in event.deliveries:
+            at, error = reader.at(one.at), f" ({plain(one.error)})" if one.error else ""
+            words = {"sent": "" if at == when else f" {at}", "pending": ": not yet",
+                     "failed": ": given up"}.get(one.state, f": {one.state}")
+            told.append(tag("div", one.channel, words, error))
+        name = event.name
+        if event.key in reader.config.monitors:
+            name = reader.link(event.key, name)
+        cells = [tag("th", when), *[tag("td", name)] * several, tag("td", what, class_=event.type)]
+        cells += [tag("td", *told, "" if told else "nobody")] * reader.viewer
+        rows.append(tag("tr", *cells))
+    heads = ["When", *["Monitor"] * several, "What", *["Who was told"] * reader.viewer]
+    return table("past", heads, rows, "What happened")
+
+
+def draw_runs(runs: Sequence[Run], reader: Reader) -> Html:
+    """Runs (newest first) on a line of time, as high as they took long, and in a table."""
+    if not runs:
+        return Html()
+    kinds = {"success": "up", "fail": "down"}
+    words = {"fail": "failed", "start": "still running", "log": "output"}
+    newest, oldest, longest = runs[0], runs[-1], max(runs, key=lambda run: run.duration or 0)
+    ticks, rows = "", []
+    for run in runs:
+        x = 4 + 992 * (run.at - oldest.at) // max(1, newest.at - oldest.at)
+        height = 20 + 58 * (run.duration or 0) // (longest.duration or 1)
+        state, what = kinds.get(run.signal, "paused"), words.get(run.signal, run.signal)
+        ticks += f'<path class="{state}" d="M{x} 80v-{height}"/>'
+        what += f", exit status {run.exit_status}" if run.exit_status else ""
+        sender, body = f"{run.user_agent or ''} {run.rid or ''}".strip(), plain(run.body or "")
+        output = tag("details", tag("summary", counted(len(body.splitlines()), "line")),
+                     tag("pre", body, dir="auto")) if body else ""
+        cells = [tag("th", reader.at(run.at, "%H:%M:%S")), tag("td", what, class_=state),
+                 tag("td", "" if run.duration is None else format_duration(run.duration)),
+                 tag("td", run.sender or "", " ", tag("small", plain(sender))), tag("td", output)]
+        rows.append(tag("tr", *cells[:5 if reader.viewer else 3], id=f"run-{run.id}"))
+    legend = f"From {reader.at(oldest.at)} to {reader.at(newest.at)}: red, broken lines failed" + (
+        f"; the higher, the longer it took, at most {format_duration(longest.duration)} "
+        f"({reader.at(longest.at)})." if longest.duration else ".")
+    chart = Html(f'<svg class="chart" viewBox="0 0 1000 80" preserveAspectRatio="none" role="img" '
+                 f'aria-label="{counted(len(runs), "run")}">{ticks}</svg>')
+    heads = ("When", "What", "Took", *("From", "Output") * reader.viewer)
+    return section("Runs", tag("div", chart, tag("small", legend), class_="card"),
+                   table("past runs", heads, rows))
+
+
+def draw_facts(
+    view: View, rhythm: Rhythm, tests: Mapping[str, tuple[int, str | None]], reader: Reader
+) -> Html:
+    """A monitor's last 90 days, and what else there is to know of it."""
+    monitor, viewer, at = view.monitor, reader.viewer, reader.at
+    upcoming = monitor.schedule.next_after(reader.now, 3) if monitor.schedule else []
+    quiet = [" to ".join(f"{ms // HOUR:02}:{ms // MINUTE % 60:02}" for ms in span)
+             for span in monitor.quiet]
+    facts: list[tuple[str, object]] = [
+        ("Up", ", ".join(figures(view, reader.now))),
+        ("Last heartbeat", view.received_at is not None and
+         f"{at(view.received_at)} ({reader.ago(view.received_at)})"),
+        ("Expected", describe_rhythm(monitor)),
+        ("Next times", view.state != "paused" and ", ".join(map(at, upcoming))),
+        ("Heartbeats", rhythm.apart and f"{rhythm.apart} apart"),
+        ("Runs take", rhythm.lasted),
+        ("Time limit", monitor.max_runtime and f"{format_duration(monitor.max_runtime)} a run"),
+        ("Advice", viewer and rhythm.advice),
+        ("Depends on", Html(", ".join(reader.link(key, key) for key in monitor.depends_on))),
+        ("Key", monitor.key),
+        ("Alerts to", viewer and (", ".join(monitor.notify) or "nobody")),
+        ("Reminders", monitor.remind and f"every {format_duration(monitor.remind)} while down"),
+        ("Quiet", ", ".join(quiet)),
+    ]
+    for channel, (when, error) in tests.items() if viewer else ():
+        found = f"{'sent' if error is None else f'not sent: {plain(error)}'} ({at(when)})"
+        facts.append((f"Test of {channel}", found))
+    listed = [tag(kind, text, dir="auto") for name, fact in facts if fact
+              for kind, text in (("dt", name), ("dd", fact))]
+    legend = "Red is how long it was down that day: the higher, the longer. Today is at the right."
+    card = tag("div", draw_days(view.days, reader.config.timezone), tag("small", legend),
+               tag("dl", *listed), class_="card")
+    return section("The last 90 days", card)
+
+
+STYLE = """
+:root { color-scheme: light dark; --paper: light-dark(#f6f6f3, #111315);
+  --card: light-dark(#fff, #1a1d20); --line: light-dark(#e4e4df, #2d3236);
+  --muted: light-dark(#5b6066, #a2a9b0); --green: light-dark(#3f9f6a, #2f8a58); }
+.up { --mark: "✓"; --tone: light-dark(#12703c, #63d396); --back: #115c34; }
+.down { --mark: "✕"; --tone: light-dark(#b8151e, #ff857f); --back: #a3121a; }
+.late { --mark: "!"; --tone: light-dark(#855600, #f0b94f); --back: #744c00; }
+.pending { --mark: "○"; } .paused { --mark: "||"; } .note { --mark: "i"; }
+* { box-sizing: border-box; margin: 0; }
+body { background: var(--paper); font: 16px/1.5 system-ui, sans-serif; margin: auto;
+  max-width: 76rem; overflow-wrap: anywhere; padding: 0 max(1rem, 2vw) 2rem; }
+header, .bar, form { align-items: center; display: flex; flex-wrap: wrap; gap: .5rem; }
+header { min-height: 3.25rem; } header b { flex: 1; }
+a { color: inherit; } :is(header, tbody) a:not(:hover) { text-decoration: none; }
+h1 { font-size: 1.4rem; line-height: 1.25; } h2 { font-size: 1.06rem; margin: 2rem 0 .6rem; }
+small, dt, footer, thead th { color: var(--muted); font-size: .875rem; font-weight: 400; }
+.answer, #stale { background: var(--back, #46525f); border-radius: .75rem; color: #fff;
+  padding: .8rem 1.1rem; print-color-adjust: exact; }
+.answer { column-gap: 1rem; display: grid; grid-template-columns: auto 1fr; margin-bottom: 1rem; }
+.answer::before { align-self: center; font-size: 1.6rem; grid-row: span 2; }
+.card, table { background: var(--card); border: 1px solid var(--line); border-radius: .75rem; }
+.card { padding: .9rem 1.1rem; }
+.card + section, p + p, * + pre, dl, .bar { margin-top: .5rem; }
+pre, code { background: var(--paper); border: 1px solid var(--line); border-radius: .5rem;
+  font: .8125rem/1.5 ui-monospace, monospace; padding: .45rem .75rem; user-select: all;
+  white-space: pre-wrap; }
+input, select, button { background: var(--card); border: 1px solid var(--muted);
+  border-radius: .5rem; font: inherit; min-height: 2.25rem; padding: .2rem .8rem; }
+h1, h2, button, .card > summary { font-weight: 650; }
+table { border-spacing: 0; font-size: .9375rem; font-variant-numeric: tabular-nums; width: 100%;
+  overflow: hidden; position: relative; }
+th, td { border-top: 1px solid var(--line); padding: .5rem .75rem; text-align: left;
+  vertical-align: top; }
+table > :first-child > :first-child > * { border: 0; }
+.past th { font-weight: 400; } thead th, .rows td, .past th, .pairs th { white-space: nowrap; }
+.rows thead th:first-child { min-width: 14rem; } tr[class] th { padding-left: 2.6rem; }
+tr[class] th::before, .answer::before { content: var(--mark) / ""; -webkit-text-stroke: .04em; }
+tr[class] th::before { margin-left: -1.6rem; position: absolute; }
+tr[class] th::before, .rows td:nth-child(2), .late td:nth-child(4), td[class] {
+  color: var(--tone, var(--muted)); }
+.rows .down td:nth-child(2), .rows .late td:nth-child(4) { font-weight: 600; }
+.rows :is(th, td):nth-child(6), .runs :is(th, td):nth-child(3) { text-align: right; }
+.rows .more td { border: 0; padding: 0 1.1rem .8rem 2.6rem; white-space: normal; }
+.pairs td { width: 100%; }
+svg { display: block; fill: none; stroke: var(--muted); width: 100%; }
+.rows svg { margin: -.1rem 0; width: 269px; }
+path { stroke-dasharray: 2 1; stroke-width: 2; } .unwatched { stroke-width: 4; }
+path.up { stroke: var(--green); stroke-width: 8; }
+path.down { stroke: var(--tone); stroke-dasharray: none; }
+.chart { border-bottom: 2px solid var(--line); height: 5rem; }
+.chart path { stroke-dasharray: none; stroke-width: 3; vector-effect: non-scaling-stroke; }
+.chart .down { stroke-dasharray: 9 4; }
+dl { align-items: baseline; display: grid; gap: .25rem 1rem; grid-template-columns: 7rem 1fr; }
+#add, footer { margin-top: 2rem; }
+@media (scripting: none) { .copy { display: none; } }
+@media (max-width: 64rem) {
+  thead { clip-path: inset(50%); position: absolute; } table, tbody { display: block; }
+  tr { border-top: 1px solid var(--line); display: flex; flex-wrap: wrap; gap: .1rem .9rem;
+    padding: .6rem 1rem; }
+  tr:first-child, .more { border: 0; } th, td { border: 0; padding: 0; }
+  .rows tr { display: grid; grid-template-columns: 1fr auto; } .rows svg { width: 100%; }
+  tr[class] th, .more td, tr[class]:not([id]) td { padding-left: 1.6rem; }
+  .rows td { white-space: normal; } .rows td:nth-child(even) { text-align: right; }
+  .rows td:nth-child(n+3) { font-size: .875rem; }
+  .rows td:nth-child(3):not(:empty)::before { content: "last "; }
+  .rows :not(.late) > td:nth-child(4):not(:empty)::before { content: "due "; }
+  .rows .more td { grid-column: 1 / 3; padding: 0 0 0 1.6rem; }
+}
+"""
+
+SCRIPT = """
+const $ = (selector, root = document) => root.querySelector(selector);
+let tag = "", seen = new Date();
+
+function merge(old, now) {  // what is still there stays itself, with its focus and what is open
+  if (old?.nodeName !== now.nodeName || old.id !== now.id) return now;
+  if (old.isEqualNode(now)) return old;
+  old.nodeValue = now.nodeValue;
+  for (const {name, value} of now.attributes ?? [])
+    if (name !== "open") old.setAttribute(name, value);
+  const nodes = [...now.childNodes].map((one, n) =>
+    merge(one.id ? document.getElementById(one.id) : old.childNodes[n], one));
+  nodes.forEach((one, n) => one === old.childNodes[n] || old.insertBefore(one, old.childNodes[n]));
+  while (old.childNodes.length > nodes.length) old.lastChild.remove();
+  return old;
+}
+
+async function refresh() {
+  let why = "";
+  try {
+    const answer = await fetch(location, {cache: "no-store", signal: AbortSignal.timeout(10000),
+      headers: {"X-Larm-Refresh": "1", "If-None-Match": tag}});
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const at = document.activeElement, signedOut = "you are signed out: reload to sign in";
+    why = {200: "", 304: "", 401: signedOut, 403: signedOut, 404: "this page is gone"}[
+      answer.status] ?? "Larm answers " + answer.status;
+    if (answer.ok) {
+      for (const one of ["title", "link", "main"]) merge($(one), $(one, page));
+      at.focus({preventScroll: true});
+      tag = answer.headers.get("ETag") ?? "";
+    }
+  } catch { why ||= "Larm does not answer"; }
+  if (!why) seen = new Date();
+  $("#stale").textContent = `As of ${seen.toLocaleTimeString()}: ${why}`;
+  $("#stale").hidden = !why;
+}
+
+document.addEventListener("click", ({target}) => {
+  if (!target.matches(".copy")) return;
+  getSelection().selectAllChildren(target.previousElementSibling);
+  document.execCommand("copy");  // navigator.clipboard is not there over plain HTTP
+  target.textContent = "Copied";
+});
+document.addEventListener("visibilitychange", () => document.hidden || refresh());
+setInterval(refresh, 15000);
+"""
+
+
+@functools.cache
+def policy(embed: tuple[str, ...]) -> str:
+    """The Content-Security-Policy of each page; `embed`: who may show it in a frame."""
+    style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                     for text in (STYLE, SCRIPT))
+    return (f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'self'; "
+            "frame-ancestors " + (" ".join(embed) or "'none'"))
+
+
+def badge(name: str, text: str, state: str) -> str:
+    """A status badge as SVG, whose words keep the width that they were given."""
+    name = name if len(name) <= 40 else name[:39] + "…"
+    left, right = (  # about how many pixels they take in an 11 px sans-serif
+        sum(4 if one in "fijlrtI .,:;'|!()" else 11 if one in "mwMW@%" or one >= "⺀" else 7
+            for one in words) for words in (name, text))
+    name, text = escape(name), escape(text)
+    colour = {"up": "#14703a", "late": "#8a5a00", "down": "#b3161f"}.get(state, "#555")
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{left + right + 24}" height="20"
+ role="img" aria-label="{name}: {text}"><title>{name}: {text}</title>
+<g><rect width="{left + 12}" height="20" fill="#444"/>
+<rect x="{left + 12}" width="{right + 12}" height="20" fill="{colour}"/></g>
+<g fill="#fff" font-family="Verdana, 'DejaVu Sans', sans-serif" font-size="11">
+<text x="6" y="14" textLength="{left}">{name}</text>
+<text x="{left + 18}" y="14" textLength="{right}">{text}</text></g></svg>
+"""
+
+
+def whole_page(
+    state: str, title: str, text: str, config: Config, *body: Html, viewer: bool = True,
+    script: bool = False, asked: str | None = None,
+) -> str:
+    """A banner of a state's colour, and below it a body; alone, a refusal or an answer in words.
+    Not `viewer`: it shows the way to sign in. `asked`: what the filter says, where there is one.
+    """
+    prefix = escape(config.prefix)
+    search = "" if asked is None else f"""<form role="search" action="{prefix}/">
+<input name="q" type="search" value="{escape(asked)}" aria-label="Filter" placeholder="Filter">
+</form>"""
+    answer = tag("div", tag("h1", title, aria_live="polite"), tag("p", text),
+                 class_=f"answer {state}")
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)} · Larm</title>
+<link rel="icon" href="data:image/svg+xml,{quote(badge("", state[0].upper(), state))}">
+<style>{STYLE}</style>
+<header><b><a href="{prefix}/">Larm</a></b><p id="stale" class="late" role="status" hidden></p>
+{search}{"" if viewer else f'<a href="{prefix}/login">Sign in</a>'}</header>
+<main>{answer}{"".join(body)}</main>
+<footer>Larm {__version__} · times in {escape(str(config.timezone))}</footer>
+{f"<script>{SCRIPT}</script>" if script else ""}
+"""
+
+
+def changed(page: str) -> str:
+    """Of a whole page what its script asks for: title, icon and <main>."""
+    return "".join(re.findall("<title>.*?</title>|<link .*?>|<main>.*</main>", page, re.DOTALL))
+
+
+def headline(views: Sequence[View], reader: Reader) -> tuple[str, str, str]:
+    """How things stand: (the most urgent state, a headline, what else is so)."""
+    found = {state: [view for view in views if view.state == state] for state in STATES}
+    state = next((state for state in STATES if found[state]), "pending")
+    ones, total = found[state], len(views)
+    title = f"{len(ones)} of {total} {'is' if len(ones) == 1 else 'are'} {state}"
+    if state in ("down", "late"):
+        names = [f"{view.monitor.name[:60]}, since {reader.at(view.since)}" for view in ones[:3]]
+        more = f" and {len(ones) - 3} more" if len(ones) > 3 else ""
+        title += f": {'; '.join(names)}{more}"
+    elif len(ones) == total:
+        title = {"pending": "Waiting for the first ping", "paused": "Nothing is watched",
+                 "up": f"All {total} are up" if total > 1 else "The only monitor is up"}[state]
+    also = ", ".join(f"{len(found[other])} {other}" for other in STATES
+                     if found[other] and other != state)
+    heard = max((view.received_at or 0 for view in views), default=0)
+    last = f"Last heartbeat {reader.ago(heard)}." if heard else ""
+    return state, title, f"{also}. {last}" if also else last
+
+
+def dashboard(
+    views: Sequence[View], events: Sequence[Event], notices: Sequence[Notice], *, config: Config,
+    viewer: bool, now: int, asked: str = "",
+) -> str:
+    """The page of all monitors (`views`, in the file's order), what is down first.
+
+    `events`: the newest first; `asked`: words that each has in its name, key or state.
+    """
+    many = 15  # monitors: from so many on there is a filter, and only so many say more than a row
+    reader, words = Reader(config, viewer, now), asked.casefold().split()
+    listed = [view for view in sorted(views, key=lambda one: min(2, STATES.index(one.state)))
+              if all(word in f"{view.monitor.name} {view.monitor.key} {view.state}".casefold()
+                     for word in words)]
+    explained = {view.monitor.key: view.since
+                 for view in [view for view in listed if view.state != "up"][:many]}
+    rows = [draw_row(view, reader, view.monitor.key in explained) for view in listed]
+    heads = ("Monitor", "State", "Last heartbeat", "Next due", "90 days, to today", "Uptime")
+    nothing = "No monitor has that in its name, key or state." if views else "None yet."
+    body = [table("rows", heads, rows) or tag("p", nothing, class_="card")]
+    if viewer:
+        body.append(table("pairs", (), [one.draw() for one in notices], "Needs attention"))
+    body.append(draw_events(events, explained, reader, several=True))
+    if viewer:
+        body.append(tag(
+            "details", tag("summary", "Add a monitor"),
+            tag("p", "This writes one into ", tag("b", config.path), ", and prints its token:"),
+            tag("pre", "python3 larm.py add nightly-backup 1d"),
+            tag("p", "Then let its job tell when it is done, with that token:"),
+            tag("pre", f"/path/to/backup.sh && {ping_command(config.ping_url('TOKEN'))}"),
+            id="add", class_="card"))
+    return whole_page(*headline(views, reader), config, *body, viewer=viewer, script=True,
+                      asked=asked if len(views) >= many or asked else None)
+
+
+def monitor_page(
+    view: View, *, runs: Sequence[Run], events: Sequence[Event], notices: Sequence[Notice],
+    rhythm: Rhythm, tests: Mapping[str, tuple[int, str | None]], config: Config, viewer: bool,
+    now: int, older: int | None = None,
+) -> str:
+    """A monitor's page. `runs` and `events`: the newest first; `tests`: by channel, when a test
+    alert went there and what failed; `older`: the id before which there are older runs.
+    """
+    reader, monitor = Reader(config, viewer, now), view.monitor
+    here = f"{config.prefix}/monitor/{monitor.key}"
+
+    def button(verb: str, label: str, *more: Html) -> Html:
+        return tag("form", tag("button", label), *more, method="post", action=f"{here}/{verb}")
+
+    body = [draw_facts(view, rhythm, tests, reader),
+            draw_events(events, {monitor.key: view.since}, reader), draw_runs(runs, reader)]
+    if older:
+        body.append(tag("p", tag("a", "Older runs", href=f"{here}?before={older}")))
+    if viewer:
+        buttons = []
+        if view.token:
+            url = config.ping_url(view.token)
+            copy = tag("button", "Copy", type="button", class_="copy")
+            buttons = [tag("code", url), copy, button("ping", "Ping now")]
+            # Where nothing has come yet, how to ping is what to do
+            body.insert(len(body) if runs else 0, draw_snippets(monitor, url))
+        if view.state == "paused" and monitor.enabled:
+            buttons.append(button("resume", "Resume"))
+        elif monitor.enabled:
+            spans = {"": "until resumed", "1h": "for 1 hour", "1d": "for 1 day", "7d": "for 7 days"}
+            choices = [tag("option", text, value=span) for span, text in spans.items()]
+            choice = tag("select", *choices, name="for", aria_label="for")
+            buttons.append(button("pause", "Pause", choice))
+        if monitor.notify:
+            buttons.append(button("test", f"Send a test alert to {', '.join(monitor.notify)}"))
+        top = [tag("p", monitor.note, dir="auto")] if monitor.note else []
+        top += [tag("pre", plain(view.output).strip(), dir="auto")] if view.output else []
+        body = [*top, tag("div", *buttons, id="bar", class_="bar"),
+                table("pairs", (), [one.draw() for one in notices], "Needs attention"), *body]
+    return whole_page(view.state, monitor.name, sentence(view, reader), config, *body,
+                      viewer=viewer, script=True)
+
+
+# ======================================================================================
+# Web: the ping loop, one guard, routes, JSON, metrics. It translates HTTP to calls.
+# ======================================================================================
+
+PAGE, LONGEST_PAGE = 100, 1_000  # heartbeats or events in one answer of the API
+BODY_LIMIT = 10_000_000  # bytes of a request, its chunks' frames too; more gets 413 from Waitress
+RUNS_SHOWN, EVENTS_SHOWN = 20, 20
+GUESSES = 10  # wrong passwords a minute from one address
+PING_PATHS = (["api", "heartbeat"], ["api", "push"], ["ping"])
+PING_HEADERS = [
+    ("Content-Type", "application/json"),
+    ("Cache-Control", "no-store"),
+    ("Access-Control-Allow-Origin", "*"),
+    ("Access-Control-Allow-Methods", "*"),
+    ("Access-Control-Allow-Headers", "*"),
+    ("Ping-Body-Limit", str(BODY_KEPT)),
+]
+_FORWARDED = re.compile("HTTP_(.*FORWARDED.*|VIA|X_REAL_IP|.*CLIENT_IP|CF_CONNECTING_IP)")
+_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le",
+          codecs.BOM_UTF32_BE: "utf-32-be", codecs.BOM_UTF16_LE: "utf-16-le",
+          codecs.BOM_UTF16_BE: "utf-16-be"}
+ERRORS: dict[int, tuple[str, str, dict[str, str]]] = {  # type, sentence, headers
+    400: ("invalid_request", "This request has no meaning here.", {}),
+    401: ("unauthorized", "Give the password that is set in larm.toml; the user name may be "
+          "anything.", {"WWW-Authenticate": 'Basic realm="Larm", charset="UTF-8"'}),
+    403: ("forbidden", "Larm shows itself only to this machine until a password is set: add "
+          'password = "..." to larm.toml, or open it through an SSH tunnel.', {}),
+    404: ("not_found", "There is no such page.", {}),
+    405: ("method_not_allowed", "This path does not take that method.", {}),
+    429: ("rate_limited", "Too many wrong passwords. Wait a minute, then try again.",
+          {"Retry-After": "60"}),
+    500: ("unavailable", "Larm could not answer this; its log says why.", {}),
+    503: ("unavailable", "The database does not answer. Try again.", {"Retry-After": "5"}),
+}
+
+Environ = dict[str, Any]
+StartResponse = Callable[..., object]
+
+
+# Pings
+
+
+class PingAnswer:
+    """The answer to a ping, once what it waits for is on disk: the same whatever the token (law 1).
+    """
+
+    __slots__ = ("_clock", "_until", "_write")
+
+    def __init__(self, clock: Clock, write: Write[None] | None) -> None:
+        """`write`: None where nothing can be recorded."""
+        self._clock, self._write = clock, write
+        self._until = clock.monotonic() + ANSWER_WITHIN
+
+    def ready(self) -> bool:
+        write = self._write
+        return write is None or write.is_done() or self._clock.monotonic() >= self._until
+
+    def wait(self) -> PingAnswer:
+        """Return once it is ready."""
+        with contextlib.suppress(Exception):
+            if self._write is not None:
+                self._write.result()
+        return self
+
+    def answer(self) -> tuple[str, list[tuple[str, str]], bytes]:
+        """Status line, headers, body."""
+        try:
+            if self._write is not None and self._write.is_done():
+                self._write.result()
+                return "200 OK", PING_HEADERS, b'{"status": "ok"}'
+        except Unrecordable:
+            pass  # the writer's log says why
+        except Exception as error:
+            log.error("a heartbeat was not recorded: %s: %s", type(error).__name__, error)
+        return ("503 Service Unavailable", [*PING_HEADERS, ("Retry-After", "5")],
+                b'{"status": "unavailable"}')
+
+
+def ping_path(path: str, prefix: str) -> tuple[str, str] | None:
+    """(token, action) where a request's path is a ping's. Empty segments and white space around
+    one mean nothing.
+    """
+    segments = [segment for part in path.split("/") if (segment := part.strip())]
+    if prefix and segments[: prefix.count("/")] == prefix.split("/")[1:]:
+        segments = segments[prefix.count("/") :]
+    for start in PING_PATHS:
+        if segments[: len(start)] == start:
+            token, *action = segments[len(start) :] or [""]
+            return token, "/".join(action)
+    return None
+
+
+class Tail:
+    """A body as it comes in: its first 4 bytes, for the byte order mark, and its last 10,000. What
+    is left out between is a multiple of 4 bytes, so that no character of UTF-16 or 32 is split.
+    So no body needs a temporary file, nor much memory.
+    """
+
+    def __init__(self) -> None:
+        self._kept = bytearray()
+
+    def append(self, data: bytes) -> None:
+        self._kept += data
+        if (excess := len(self._kept) - BODY_KEPT - 4) > 0:
+            del self._kept[4 : 4 + excess // 4 * 4]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def getfile(self) -> io.BytesIO:
+        return io.BytesIO(self._kept)
+
+    def close(self) -> None:
+        self._kept.clear()
+
+
+def read_tail(environ: Environ) -> bytes:
+    """The last bytes of a request's body, behind its first 4."""
+    tail = Tail()
+    while chunk := environ["wsgi.input"].read(65_536):
+        tail.append(chunk)
+    return tail.getfile().read()
+
+
+def body_text(body: bytes, content_type: str) -> str:
+    """A body as text: by its byte order mark, else the declared charset, else UTF-8."""
+    kept = body[-BODY_KEPT:]
+    for mark, charset in _MARKS.items():
+        if body.startswith(mark):
+            return kept.decode(charset, "replace").lstrip("\ufeff")
+    declared = re.search(r"""charset=["']?([\w.:-]+)""", content_type, re.IGNORECASE)
+    try:
+        return kept.decode(declared[1] if declared else "utf-8", "replace")
+    except (LookupError, ValueError):  # no charset, or none of bytes
+        return kept.decode("utf-8", "replace")
+
+
+def sender_of(environ: Environ, proxies: Sequence[Any]) -> str:
+    """The peer's address, or, where that is a proxy, what the last proxy says of whom it serves."""
+    sender: str = environ.get("REMOTE_ADDR") or ""
+    for entry in reversed(environ.get("HTTP_X_FORWARDED_FOR", "").split(",")):
+        sender = sender.removeprefix("::ffff:")  # IPv4, written as IPv6
+        try:
+            is_proxy = any(ipaddress.ip_address(sender) in network for network in proxies)
+        except ValueError:
+            is_proxy = False
+        if not is_proxy or not entry.strip():
+            break
+        sender = entry.strip()[:100]
+    return sender.removeprefix("::ffff:")
+
+
+CONNECTIONS = 4_000  # at most; fewer where the system allows fewer open files
+OTHER_FILES = 200  # that may be open besides: the database, alerts, standard streams
+PAGE_THREADS = 4
+LOOK = 250  # ms between two looks of the loop while nothing happens
+IDLE = 20  # seconds without a byte, after which a connection is closed
+FRESH = 200  # ms in which what a new connection asks may still be on its way
+STOP_WITHIN = 2_500  # ms in which what was asked before a stop is answered
+STOOD_ON = (  # of Waitress's insides, as its connections know them
+    "requests request requests_lock total_outbufs_len last_activity will_close "
+    "parser_class.body_rcv server.add_task server.handle_accept server.maintenance"
+)
+
+
+class Server:
+    """Serves a WSGI application by Waitress, and its pings without a thread for each.
+
+    The thread that calls run() reads all requests and writes the answers to pings:
+    1. `take` is shown the environ of each request. Where that is no ping it returns None, and one
+       of a few threads has the application answer it.
+    2. Pings wait in the order of their arrival until they are ready(): wake() makes the loop look.
+    3. Where connections are scarce, those that have asked nothing whole for longest are closed.
+
+    It stands on Waitress's insides, of 2.1.2 to 3.0.2 (_adapt). A release that lacks them serves
+    in the ordinary way: the application must know how to answer pings, too.
+    """
+
+    def __init__(self, application: Callable[..., Any],
+                 take: Callable[[Environ], PingAnswer | None],
+                 unavailable: PingAnswer,
+                 listen: tuple[str, int], monotonic: Callable[[], int]) -> None:
+        """Bind the address ("": all of them); raises OSError.
+
+        `unavailable` answers what can't be taken, or has not come in whole when its time is over.
+        """
+        import waitress
+
+        self._take, self._unavailable, self._monotonic = take, unavailable, monotonic
+        self._map: dict[int, Any] = {}  # what Waitress polls, by file descriptor
+        self._waiting: deque[Any] = deque()  # connections whose first request is a ping
+        self._waking, self._accepted = threading.Lock(), False
+        self._thread = self._stop_at = self._caught_up = 0
+        self._limit = connections_allowed()
+        self._threads: Any = waitress.task.ThreadedTaskDispatcher()
+        self._ordinary: Any = waitress.create_server(
+            application, map=self._map, _dispatcher=self._threads, sockets=bind(*listen),
+            ident="Larm", backlog=CONNECTIONS, connection_limit=self._limit,
+            channel_timeout=IDLE, cleanup_interval=1, asyncore_use_poll=True,
+            recv_bytes=32_768,  # what the job wrapper sends is read at once
+            max_request_body_size=BODY_LIMIT + 1,  # Waitress refuses from this size on
+            max_request_header_size=65_536,
+            outbuf_overflow=1 << 30,  # no temporary file: there may be no room for one
+            clear_untrusted_proxy_headers=False,  # they tell who does not come from this machine
+        )
+        self._listeners = [one for one in self._map.values() if hasattr(one, "effective_port")]
+        self._is_adapted, self._woken = False, True  # woken: it needs no waking
+        try:
+            self._adapt()
+            self._is_adapted, self._woken = True, False
+        except (AttributeError, TypeError) as error:
+            log.warning("pings take threads, which is slow: Waitress has changed (%s)", error)
+
+    def _adapt(self) -> None:
+        """Put parts of ours in the place of Waitress's; raises AttributeError, TypeError."""
+        import waitress
+
+        class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
+            command, path, waiting = "", "", None
+
+            def parse_header(self, header: bytes) -> None:
+                super().parse_header(header)
+                if self.body_rcv is not None:
+                    self.body_rcv.buf = Tail()
+
+        class Task(waitress.task.WSGITask):  # type: ignore[misc]
+            def execute(self) -> None:
+                if self.request.waiting is None:
+                    super().execute()
+                    return
+                self.status, headers, body = self.request.waiting.answer()
+                self.response_headers, self.content_length = list(headers), len(body)
+                head = self.build_response_header()
+                self.wrote_header = True
+                self.channel.write_soon(head if self.request.command == "HEAD" else head + body)
+
+        class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
+            parser_class, task_class = Request, Task
+
+            since = 0  # by `monotonic`: when it was opened, or last answered
+
+            def service(channel) -> None:
+                if self._stop_at and len(channel.requests) == 1:
+                    channel.requests[0].headers["CONNECTION"] = "close"
+                super().service()
+                channel.since = self._monotonic()
+
+        self._loop, self._task, self._channel = waitress.wasyncore.loop, Task, Channel
+        self._close_listener = waitress.wasyncore.dispatcher.close
+        for listener in self._listeners:
+            channel = Channel(listener, socket.socket(), None, listener.adj, {})
+            operator.attrgetter(*STOOD_ON.split())(channel)
+            channel.handle_close()
+            self._wake_up, listener.pull_trigger = listener.pull_trigger, self.wake
+            listener.add_task = self._hand_over
+            listener.handle_accept = functools.partial(self._accept, listener)
+            listener.handle_error = self._fail
+            listener.maintenance = lambda _: self._close_idle(0)
+
+    @property
+    def caught_up(self) -> int:
+        """All that had arrived by this moment (of `monotonic`) has been read and handed over."""
+        return self._caught_up if self._is_adapted else self._monotonic()
+
+    def run(self) -> None:
+        """Serve until close(), and what was asked before it; raises what ends it otherwise."""
+        self._thread, self._caught_up = threading.get_ident(), self._monotonic()
+        self._threads.set_thread_count(PAGE_THREADS if self._is_adapted else 8 * PAGE_THREADS)
+        try:
+            if not self._is_adapted:
+                self._ordinary.run()
+                return
+            while not self._stop_at:
+                self._go_round()
+            for listener in self._listeners:  # whoever has connected is let in before it closes
+                self._accept(listener)
+                self._close_listener(listener)
+            while self._monotonic() < self._stop_at and any(
+                one.requests or one.request or one.total_outbufs_len
+                or one.since > self._monotonic() - FRESH for one in self._channels()
+            ):
+                self._go_round()
+            while self._waiting:
+                self._waiting.popleft().service()
+            for channel in self._channels():
+                self._give_up(channel)
+            self._go_round()
+        finally:
+            with self._waking:
+                self._woken = True  # for ever: there is nothing left to wake
+            self._threads.shutdown(cancel_pending=False, timeout=0.1)
+            self._close_all()
+
+    def close(self) -> None:
+        """Have run() refuse new connections, answer what has been asked, and return."""
+        self._stop_at = self._monotonic() + STOP_WITHIN
+        if self._is_adapted:
+            self.wake()
+        else:
+            self._threads.shutdown(cancel_pending=False, timeout=STOP_WITHIN / SECOND)
+            self._listeners[0].trigger.pull_trigger(self._close_all)  # by the loop, which so ends
+
+    def wake(self) -> None:
+        """Have the loop look for what can be answered now; from any thread, at any time."""
+        with self._waking:
+            if not self._woken and threading.get_ident() != self._thread:  # which is about to look
+                self._woken = True
+                self._wake_up()
+
+    def _go_round(self) -> None:
+        """Read what has arrived, and answer what is ready."""
+        began, self._accepted = self._monotonic(), False
+        self._loop(LOOK / SECOND / (10 if self._stop_at else 1), True, self._map, 1)
+        if self._accepted:  # what they ask had arrived with them
+            self._loop(0, True, self._map, 1)
+        self._woken, not_ready = False, []
+        while self._waiting:
+            channel = self._waiting.popleft()
+            waiting = channel.requests[0].waiting  # None: a mistake, which has its answer
+            if waiting and not waiting.ready():
+                not_ready.append(channel)
+            elif channel.total_outbufs_len:  # the client reads slowly: to write might mean to wait
+                self._threads.add_task(channel)
+            else:
+                channel.service()
+        self._waiting.extend(not_ready)
+        if len(self._map) >= self._limit:
+            self._close_idle(self._limit // 10)
+        self._caught_up = began
+
+    def _hand_over(self, channel: Any) -> None:
+        """A request has come in whole. Whoever calls holds the channel's lock: no answer yet."""
+        request = channel.requests[0]
+        if not request.error:
+            try:
+                request.waiting = self._take(self._task(channel, request).get_environment())
+            except Exception as error:
+                log.error("a request was not taken: %s: %s", type(error).__name__, error)
+                request.waiting = self._unavailable
+        if request.waiting or request.error:
+            self._waiting.append(channel)
+        else:
+            self._threads.add_task(channel)
+
+    def _accept(self, listener: Any) -> None:
+        """Accept all who have connected, not one a round as Waitress does."""
+        while len(self._map) < self._limit or self._stop_at:
+            try:
+                connection, address = listener.socket.accept()
+                listener.set_socket_options(connection)
+                channel = self._channel(listener, connection, address, listener.adj, self._map)
+            except OSError:  # most often: there are no more
+                return
+            channel.since, self._accepted = self._monotonic(), True
+
+    def _close_all(self) -> None:
+        for one in list(self._map.values()):
+            one.close()
+
+    @staticmethod
+    def _fail() -> None:
+        raise  # what a listener can't get over; Waitress would only close it, and nobody would know
+
+    def _channels(self) -> list[Any]:
+        return [one for one in self._map.values() if hasattr(one, "requests")]
+
+    def _close_idle(self, count: int) -> None:
+        """Close what is silent, and of the rest `count` that have asked nothing whole for longest.
+
+        A byte now and then makes a slow one no younger.
+        """
+        idle = [channel for channel in self._channels() if not channel.requests]
+        for place, channel in enumerate(sorted(idle, key=lambda one: one.since)):
+            too_many = place < count and channel.since < self._monotonic() - FRESH
+            if too_many or channel.last_activity < time.time() - IDLE:
+                self._give_up(channel)
+
+    def _give_up(self, channel: Any) -> None:
+        """Close a connection; what it has begun to ask is answered before."""
+        with channel.requests_lock:
+            request, channel.request = channel.request, None
+        if not request:
+            channel.will_close = not channel.requests
+        elif not channel.requests:  # else a page's thread is at it
+            request.waiting = self._unavailable
+            request.headers["CONNECTION"] = "close"
+            channel.requests.append(request)
+            channel.service()
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen: for "" one of IPv4 and one of IPv6, where the machine has it."""
+    sockets: list[socket.socket] = []
+    found = socket.getaddrinfo(host or None, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
+    for family, *_, address in found:
+        try:
+            sockets.append(socket.create_server(address[:2], family=family, backlog=CONNECTIONS))
+        except OSError as error:
+            missing = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+            if not missing or (address == found[-1][-1] and not sockets):
+                raise
+    return sockets
+
+
+def connections_allowed() -> int:
+    """How many there may be at once; raises the system's limit on open files where it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return CONNECTIONS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(wanted - OTHER_FILES, wanted // 2)
+
+
+# Who may see what
+
+
+class Access:
+    """Who is a viewer (interface.md, "The rest of HTTP"), and who guesses."""
+
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._guesses: dict[str, deque[int]] = {}
+        self._guesses: dict[str, deque[int]] = {}  # by address, the newest last
         self._lock = threading.Lock()
 
-    def refusal(self, environ: Environ) -> int | None:
+    def refusal(self, environ: Environ, config: Config) -> int | None:
         """None for a viewer; for everyone else the HTTP status: 401, 403 or 429."""
-        if self._password is None:
-            return None if self._is_local(environ) else 403
+        if config.password is None:
+            return None if self._is_local(environ, config) else 403
         given = self._given_password(environ)
         if given is None:
             return 401
-        address = environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2].strip()
-        if not address or not _is_loopback(environ["REMOTE_ADDR"]):
-            address = environ["REMOTE_ADDR"]
-        right = hmac.compare_digest(given, self._password.encode())
-        return self._judge_guess(address[:100], right)
+        address = sender_of(environ, config.proxies)
+        with contextlib.suppress(ValueError):
+            if (found := ipaddress.ip_address(address)).version == 6:
+                address = str(ipaddress.ip_network((found, 64), strict=False))
+        return self._judge_guess(address, hmac.compare_digest(given, config.password.encode()))
 
     def _judge_guess(self, address: str, right: bool) -> int | None:
         now = self._clock.monotonic()
@@ -3978,24 +4926,24 @@ class Access:
                 return None
             wrong.append(now)
             self._guesses.pop(address, None)
-            self._guesses[address] = wrong  # the newest address stands last
+            self._guesses[address] = wrong
             if len(self._guesses) > 1_000:
                 del self._guesses[next(iter(self._guesses))]
             return 401
 
-    def is_cross_site(self, environ: Environ) -> bool:
+    @staticmethod
+    def is_cross_site(environ: Environ, config: Config) -> bool:
         """Whether a page of another site sent this, in the name of a viewer's browser.
 
-        Sec-Fetch-Site is the browser's own word, which it gives to https and localhost only. It
-        goes first: a form on a page with no-referrer, such as ours, has the origin "null".
+        Sec-Fetch-Site is the browser's own word, which it gives to https and localhost only.
         """
         if (fetched_from := environ.get("HTTP_SEC_FETCH_SITE")) is not None:
             return fetched_from not in ("same-origin", "none")
-        origin = environ.get("HTTP_ORIGIN")
-        if origin is None:
+        if (origin := environ.get("HTTP_ORIGIN")) is None:
             return False
         site = origin.partition("://")[2].lower()  # of the origin "null" nothing
-        return not site or site not in (environ.get("HTTP_HOST", "").lower(), self._own_netloc)
+        own = (environ.get("HTTP_HOST", "").lower(), urlsplit(config.url).netloc.lower())
+        return not site or site not in own
 
     @staticmethod
     def _given_password(environ: Environ) -> bytes | None:
@@ -4010,29 +4958,60 @@ class Access:
                 return b""
         return None
 
-    def _is_local(self, environ: Environ) -> bool:
+    @staticmethod
+    def _is_local(environ: Environ, config: Config) -> bool:
         """Straight from this machine: not through a proxy, nor by another site's name for it."""
-        if not _is_loopback(environ["REMOTE_ADDR"]) or any(
-            _FORWARDED.fullmatch(name) for name in environ
-        ):
+
+        def is_loopback(address: str) -> bool:
+            return bool(re.fullmatch(r"::1|(::ffff:)?127(\.\d{1,3}){3}", address))
+
+        if not is_loopback(environ["REMOTE_ADDR"]) or any(map(_FORWARDED.fullmatch, environ)):
             return False
         try:
             host = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname or ""
         except ValueError:
             return False
-        return host == self._own_host or host == "localhost" or _is_loopback(host)
+        return host in ("localhost", urlsplit(config.url).hostname) or is_loopback(host)
 
 
-def _is_loopback(address: str) -> bool:
-    return address == "::1" or bool(re.fullmatch(r"(::ffff:)?127(\.\d{1,3}){3}", address))
+class Tester:
+    """Sends test alerts, one at a time, in threads of its own: a channel that hangs holds nothing.
+    """
 
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._busy = threading.Lock()
+        self._sending: list[threading.Thread] = []  # some may hang
+        self._results: dict[str, tuple[tuple[str, ...], int, str | None]] = {}
 
-def tail(stream: Any, length: int) -> bytes:
-    """The last `length` bytes of a stream."""
-    kept = b""
-    while chunk := stream.read(65_536):
-        kept = (kept + chunk)[-length:]
-    return kept
+    def start(self, config: Config, channels: Sequence[str]) -> threading.Thread | None:
+        """Test these channels; None where a test is under way."""
+        self._sending = [thread for thread in self._sending if thread.is_alive()]
+        if len(self._sending) >= HANGING or not self._busy.acquire(blocking=False):
+            return None
+
+        def send_all() -> None:
+            for channel in channels:
+                error = send_test(config, channel)
+                self._results[channel] = config.channels[channel], self._clock.now(), error
+
+        def bound() -> None:
+            sending = threading.Thread(target=send_all, name="test", daemon=True)
+            self._sending.append(sending)
+            sending.start()
+            sending.join(ATTEMPT_WITHIN / SECOND)
+            self._busy.release()
+
+        for channel in channels:
+            self._results.pop(channel, None)
+        thread = threading.Thread(target=bound, name="tests", daemon=True)
+        thread.start()
+        return thread
+
+    def results(self, config: Config) -> dict[str, tuple[int, str | None]]:
+        """(when, what failed) of each channel's last test, as far as its URLs are the same."""
+        return {channel: (at, error) for channel, (urls, at, error) in list(self._results.items())
+                if config.channels.get(channel) == urls}
 
 
 class Web:
@@ -4041,212 +5020,357 @@ class Web:
     """
 
     def __init__(
-        self, store: Store, clock: Clock, intake: Intake, watcher: Watcher, notifier: Notifier
+        self, store: Store, clock: Clock, intake: Intake, watcher: Watcher, health: Health,
+        notifier: Notifier,
     ) -> None:
         import bottle
 
-        self._bottle = bottle
-        self._store = store
-        self._clock = clock
-        self._intake = intake
-        self._watcher = watcher
-        self._counts = Metrics(store, clock, intake, notifier)
+        self._bottle, self._store, self._clock, self._intake = bottle, store, clock, intake
+        self._watcher, self._health, self._notifier = watcher, health, notifier
         self._config: Config
-        self._access: Access
-        self.mistakes: Sequence[str] = ()  # in the file as it was saved last
+        self._access = Access(clock)
+        self._tester = Tester(clock)
+        self._started_at = clock.now()
+        self._counting, self._counts = threading.Lock(), Counter[str]()
+        with store.reading() as db:
+            self._newest = {table: first(db, f"SELECT COALESCE(MAX(id), 0) FROM {table}")
+                            for table in ("events", "gaps")}
         self._app = bottle.Bottle()
-        self._site = Site(store, clock, intake, lambda: self.mistakes)
-        self._site.add_routes(self._route)
-        self._app.default_error_handler = self._error_page
-        for path, handler in (
-            ("/badge/<key>.svg", self._badge),
-            ("/metrics", self._metrics),
-            ("/health", self._health),
+        self._app.default_error_handler = self._show_error
+        for method, path, access, handler in (
+            ("GET", "/", "public", self._dashboard),
+            ("GET", "/monitor/<key>", "public", self._monitor),
+            ("POST", "/monitor/<key>/<verb:re:pause|resume|test|ping>", "viewers", self._act),
+            ("GET", "/login", "viewers", self._login),
+            ("GET", "/badge/<key>.svg", "public", self._badge),
+            ("GET", "/metrics", "viewers", self._metrics),
+            ("GET", "/health", "anyone", self._report_health),
+            ("GET", "/api/v1/summary", "public", self._summary_json),
+            ("GET", "/api/v1/monitors", "public", self._monitors_json),
+            ("GET", "/api/v1/monitors/<key>", "public", self._monitor_json),
+            ("GET", "/api/v1/monitors/<key>/heartbeats", "public", self._heartbeats_json),
+            ("GET", "/api/v1/events", "public", self._events_json),
+            ("POST", "/api/v1/monitors/<key>/<verb:re:pause|resume>", "viewers", self._pause_json),
+            ("POST", "/api/v1/channels/<channel:path>/test", "viewers", self._test_json),
         ):
-            self._route("GET", path, handler)
-        for method, path, answer in (
-            ("GET", "monitors", self._monitors_json),
-            ("GET", "monitors/<key>", self._monitors_json),
-            ("GET", "monitors/<key>/heartbeats", self._heartbeats_json),
-            ("GET", "events", self._events_json),
-            ("POST", "monitors/<key>/<verb:re:pause|resume>", self._pause_or_resume),
-            ("POST", "channels/<channel:path>/test", self._test_channel),
-        ):
-            self._route(method, f"/api/v1/{path}", self._api(method, answer))
-        self._badge_image = bottle.SimpleTemplate(BADGE)
-
-    def _route(self, method: str, path: str, handler: Callable[..., Any]) -> None:
-        """Answer a path by one method, GET with HEAD or POST, and by no other."""
-        allowed = "GET, HEAD" if method == "GET" else method
-
-        def refuse_method(**_: str) -> NoReturn:
-            raise self._refuse(405, f"this path takes {allowed} only", Allow=allowed)
-
-        self._app.route(path, method, handler)
-        self._app.route(path, "ANY", refuse_method)
-
-    def _api(self, method: str, answer: Callable[..., object]) -> Callable[..., str]:
-        """A handler of the API: who may ask, of which monitor, and the shape of what is answered.
-
-        `answer` takes the configuration, whether a viewer asks, and what the path names. A GET is
-        for everyone in public, a POST for viewers.
-        """
-
-        def handle(**names: str) -> str:
-            viewer = self._let_in(public=method == "GET")
-            if method == "POST" and self._access.is_cross_site(self._bottle.request.environ):
-                raise self._refuse(403, "a page of another site asked for this")
-            config = self._config
-            if "key" in names and names["key"] not in config.monitors:
-                raise self._refuse(404, f"no monitor {show(names['key'])}")
-            try:
-                return self._json({"data": answer(config, viewer, **names)})
-            except Unrecordable as error:
-                raise self._refuse(503, str(error)) from None
-
-        return handle
-
-    def _let_in(self, public: bool) -> bool:
-        """Whether a viewer asks; raises the refusal of others, but for what is `public`."""
-        refusal = self._access.refusal(self._bottle.request.environ)
-        if refusal and not (public and self._config.public):
-            raise self._refuse(refusal)
-        return refusal is None
+            self._app.route(path, method, self._guard(handler, access, method == "POST"))
 
     def use(self, config: Config) -> None:
         self._config = config
-        self._access = Access(config, self._clock)
-        self._site.use(config, self._access)
+
+    def take(self, environ: Environ) -> PingAnswer | None:
+        """What answers a request where it is a ping; it is on its way to the disk then."""
+        if (found := ping_path(environ.get("PATH_INFO", ""), self._config.prefix)) is None:
+            return None
+        token, action = found
+        query = parse_qs(environ.get("QUERY_STRING", "")[: 4 * BODY_KEPT], errors="replace")
+        if not action and query.get("status") == ["down"]:
+            action = "fail"
+        sender = sender_of(environ, self._config.proxies)
+
+        def read(signal: str, exit_status: int | None) -> Ping:
+            """What is kept of a request: nothing in it can grow beyond a bound."""
+            text = body_text(read_tail(environ), environ.get("CONTENT_TYPE") or "")
+            rid = query.get("rid", [""])[0]
+            return Ping(
+                signal=signal, exit_status=exit_status, method=environ["REQUEST_METHOD"][:16],
+                sender=sender, user_agent=environ.get("HTTP_USER_AGENT", "")[:200] or None,
+                rid=rid if 1 <= len(rid) <= 64 else None,
+                body=text or query.get("msg", [""])[0][-BODY_KEPT:] or None,
+            )
+
+        try:
+            if (environ["REQUEST_METHOD"] == "OPTIONS"
+                    and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ):
+                return PingAnswer(self._clock, self._intake.take_nothing())
+            return PingAnswer(self._clock, self._intake.take(token, action, read, sender))
+        except Unrecordable:
+            return PingAnswer(self._clock, None)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        path = environ.get("PATH_INFO", "")
-        prefix = self._config.prefix
-        if prefix and (path == prefix or path.startswith(prefix + "/")) and not (
-            path.startswith(HEARTBEATS)
-        ):
+        if (ping := self.take(environ)) is not None:
+            status, headers, body = ping.wait().answer()
+            start_response(status, [*headers, ("Content-Length", str(len(body)))])
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+        path, prefix = environ.get("PATH_INFO", ""), self._config.prefix
+        if prefix and (path == prefix or path.startswith(prefix + "/")):
             path = environ["PATH_INFO"] = path[len(prefix) :] or "/"
-        if path.startswith(HEARTBEATS):
-            return self._heartbeat(environ, start_response, path[len(HEARTBEATS) :])
         try:
             path.encode("latin-1").decode()
         except UnicodeError:  # Bottle would leave out what is not UTF-8, and find another page
             environ["PATH_INFO"] = "/api/not-utf-8" if path.startswith("/api/") else "/not-utf-8"
-        environ["wsgi.errors"] = io.StringIO()  # Bottle's tracebacks; _error_page logs a line
-        answer: Iterable[bytes] = self._app(environ, start_response)
+        environ["wsgi.errors"] = io.StringIO()  # Bottle's tracebacks; _show_error logs a line
+        common = [
+            ("Cache-Control", "no-store"),
+            ("Referrer-Policy", "same-origin"),  # none at all makes the origin of our forms null
+            ("X-Content-Type-Options", "nosniff"),
+            ("Content-Security-Policy", policy(self._config.embed)),
+        ]
+
+        def start(status: str, headers: list[tuple[str, str]], *more: Any) -> object:
+            return start_response(status, headers + common, *more)
+
+        answer: Iterable[bytes] = self._app(environ, start)
         return answer
 
-    def _heartbeat(
-        self, environ: Environ, start_response: StartResponse, rest: str
-    ) -> Iterable[bytes]:
-        """One answer whatever the token and whatever follows it (law 1)."""
-        token, _, action = rest.partition("/")
-        status, body, more = "200 OK", _OK, []
-        try:
-            self._intake.receive(
-                token, action, lambda *meaning: _ping(environ, *meaning), environ["REMOTE_ADDR"]
-            )
-        except Exception as error:
-            if not isinstance(error, Unrecordable):
-                log.error("a heartbeat was not recorded: %s: %s", type(error).__name__, error)
-            status, body = "503 Service Unavailable", _UNAVAILABLE
-            more = [("Retry-After", str(RETRY_AFTER))]
-        headers = [
-            ("Content-Type", "application/json"),
-            ("Content-Length", str(len(body))),
-            ("Cache-Control", "no-store"),
-            ("Access-Control-Allow-Origin", "*"),
-            ("Ping-Body-Limit", str(BODY_KEPT)),
-            *more,
-        ]
-        start_response(status, headers)
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+    def _guard(self, handler: Callable[..., Any], access: str, posts: bool) -> Callable[..., Any]:
+        """A route's handler behind what every route asks: who may see it, whether a page of another
+        site sent it, whether there is such a monitor, whether the database answers.
 
-    def _monitors_json(self, config: Config, viewer: bool, key: str | None = None) -> object:
-        with self._store.reading() as db:
-            monitors = describe_monitors(db, config, self._clock.now(), [key] if key else None)
-        if not viewer:
-            for monitor in monitors:
-                monitor.update(channels=[], note=None, ping_url=None)
-        return monitors[0] if key else monitors
-
-    def _heartbeats_json(self, _config: Config, viewer: bool, key: str) -> object:
-        with self._store.reading() as db:
-            rows = list_heartbeats(db, key, **self._page(newest_id(db, "heartbeats")))
-        return [describe_heartbeat(row, viewer) for row in rows]
-
-    def _events_json(self, _config: Config, viewer: bool) -> object:
-        with self._store.reading() as db:
-            rows = list_events(db, **self._page(newest_id(db, "events")))
-            shown = rows if viewer else []
-            deliveries = deliveries_between(db, shown[-1]["id"], shown[0]["id"]) if shown else {}
-        return [describe_event(row, deliveries.get(row["id"], ())) for row in rows]
-
-    def _page(self, newest: int) -> dict[str, int]:
-        """`before` and `limit` of a list's query; `newest`: the newest id that there is.
-
-        An id that is pruned by now is still one to go on from.
+        `access`: "viewers"; "public", everyone where larm.toml says so; "anyone". The handler gets
+        the configuration, whether a viewer asks, and what the path names.
         """
-        page = {"before": newest + 1, "limit": PAGE}
-        for name, most, what in (("before", newest, "an id from this list"),
+
+        def handle(**names: str) -> Any:
+            config, environ = self._config, self._bottle.request.environ
+            refusal = None if access == "anyone" else self._access.refusal(environ, config)
+            if refusal and not (access == "public" and config.public):
+                raise self._refuse(refusal)
+            if posts and self._access.is_cross_site(environ, config):
+                raise self._refuse(403, "A page of another site asked for this: it was not done.")
+            if "key" in names and names["key"] not in {*config.monitors, *self._badges(handler)}:
+                raise self._refuse(404, f"There is no monitor {show(names['key'])}.")
+            try:
+                return handler(config, refusal is None, **names)
+            except (Unrecordable, sqlite3.Error) as error:
+                raise self._refuse(503, f"The database does not answer: {error}") from None
+            except ValueError as error:
+                raise self._refuse(400, str(error)) from None
+
+        return handle
+
+    def _badges(self, handler: Callable[..., Any]) -> tuple[str, ...]:
+        return ("all",) if handler == self._badge else ()
+
+    def _refuse(self, status: int, message: str = "") -> Any:
+        """An error to raise from a handler."""
+        return self._bottle.HTTPError(status, message or ERRORS[status][1])
+
+    def _show_error(self, error: Any) -> str:
+        """Any error, as the API has it or as a page."""
+        status = error.status_code
+        if error.exception:
+            log.error("%s: %s: %s", self._bottle.request.path[:200],
+                      type(error.exception).__name__, error.exception)
+        type_, sentence, headers = ERRORS.get(status, ERRORS[400 if status < 500 else 500])
+        if status not in (404, 405, 500) or "monitor" in str(error.body) or (
+            "channel" in str(error.body)
+        ):
+            sentence = str(error.body)
+        if status == 405 and (allowed := self._bottle.response.get_header("Allow")) == "GET":
+            headers = {"Allow": f"{allowed}, HEAD"}
+        if status == 401 and self._bottle.request.get_header("X-Larm-Refresh"):
+            headers = {}  # the page's script says so; the browser need not ask
+        for name, value in headers.items():
+            self._bottle.response.set_header(name, value)
+        if self._bottle.request.path.startswith("/api/"):
+            return self._json({"error": {"type": type_, "message": sentence[:300]}})
+        self._bottle.response.content_type = "text/html; charset=UTF-8"
+        title = self._bottle.response.status_line
+        if status == 404 and sentence == ERRORS[404][1]:
+            sentence += f" Larm's page is {self._config.prefix}/"
+        return whole_page("paused", title, sentence, self._config)
+
+    def _json(self, value: object) -> str:
+        self._bottle.response.content_type = "application/json"
+        return json.dumps(value, ensure_ascii=False)
+
+    def _views(self, config: Config, keys: Iterable[str] | None = None, history: bool = True
+               ) -> list[View]:
+        with self._store.reading() as db:
+            return read_views(db, config, self._clock.now(), keys, history)
+
+    def _monitor_id(self, db: sqlite3.Connection, key: str) -> int:
+        """0 where the database does not know it yet."""
+        return first(db, "SELECT id FROM monitors WHERE key = :key", key=key) or 0
+
+    # The API
+
+    def _summary_json(self, config: Config, _viewer: bool) -> str:
+        states = Counter(view.state for view in self._views(config, history=False))
+        counts = {state: states[state] for state in ("up", "late", "down", "pending", "paused")}
+        return self._json({"data": counts | {"total": len(config.monitors)}})
+
+    def _monitors_json(self, config: Config, viewer: bool) -> str:
+        return self._json({"data": [one.to_json(config, viewer) for one in self._views(config)]})
+
+    def _monitor_json(self, config: Config, viewer: bool, key: str) -> str:
+        [view] = self._views(config, [key])
+        return self._json({"data": view.to_json(config, viewer)})
+
+    def _heartbeats_json(self, _config: Config, viewer: bool, key: str) -> str:
+        with self._store.reading() as db:
+            found = list_heartbeats(db, self._monitor_id(db, key), **self._page())
+        kept = ("signal", "exit_status", "duration_ms", "method")
+        sent = {"from": "sender", "user_agent": "user_agent", "rid": "rid", "body": "body"}
+        return self._json({"data": [
+            {"id": row["id"], "at": iso_utc(row["at"])}
+            | {name: row[name] for name in kept}
+            | {name: row[column] if viewer else None for name, column in sent.items()}
+            for row in found
+        ]})
+
+    def _events_json(self, _config: Config, viewer: bool) -> str:
+        with self._store.reading() as db:
+            found = read_events(db, **self._page())
+        return self._json({"data": [event.to_json(viewer) for event in found]})
+
+    def _page(self) -> dict[str, int]:
+        """`before` and `limit` of a list's query."""
+        page = {"limit": PAGE}
+        for name, most, what in (("before", 2**63 - 1, "an id from this list"),
                                  ("limit", LONGEST_PAGE, f"a number from 1 to {LONGEST_PAGE}")):
             given = self._bottle.request.query.get(name)
             if given is None:
                 continue
             if not re.fullmatch("[0-9]{1,18}", given) or not 1 <= int(given) <= most:
-                raise self._refuse(400, f"{name} must be {what}; found {show(given)}")
+                raise ValueError(f"{name} must be {what}; found {show(given)}")
             page[name] = int(given)
         return page
 
-    def _pause_or_resume(self, config: Config, viewer: bool, key: str, verb: str) -> object:
+    def _pause_json(self, config: Config, viewer: bool, key: str, verb: str) -> str:
         try:
-            asked = read_json(tail(self._bottle.request.environ["wsgi.input"], BODY_KEPT))
-            if not isinstance(asked, dict) or asked.keys() - {"for"}:
-                raise ValueError('the body must be JSON, such as {"for": "2h"}, or empty')
-            span = pause_length(asked["for"]) if "for" in asked and verb == "pause" else None
-            now = self._clock.now()
-            monitor = config.monitors[key]
-            self._store.write(lambda db: pause_or_resume(db, monitor, verb, span, now))
-        except ValueError as error:
-            raise self._refuse(400, str(error)) from None
-        return self._monitors_json(config, viewer, key)
+            asked = json.loads(read_tail(self._bottle.request.environ) or b"{}")
+        except (ValueError, RecursionError):
+            asked = None
+        if not isinstance(asked, dict) or asked.keys() - {"for"}:
+            raise ValueError('the body must be JSON, such as {"for": "2h"}, or empty')
+        self._pause_or_resume(config, key, verb, asked.get("for"))
+        return self._monitor_json(config, viewer, key)
 
-    def _test_channel(self, config: Config, _viewer: bool, channel: str) -> object:
+    def _pause_or_resume(self, config: Config, key: str, verb: str, span: object) -> None:
+        monitor, now = config.monitors[key], self._clock.now()
+        length = None if span in (None, "") else pause_length(span)
+        self._store.write(lambda db: pause_or_resume(db, monitor, verb, length, now))
+
+    def _test_json(self, config: Config, _viewer: bool, channel: str) -> str:
         if channel not in config.channels:
-            raise self._refuse(404, f"no channel {show(channel)}")
-        error = send_test(config, channel)
-        return {"sent": error is None, "error": error}
+            raise self._refuse(404, f"There is no channel {show(channel)}.")
+        thread = self._tester.start(config, [channel])
+        if thread is None:
+            raise self._refuse(503, "Another test of a channel is under way.")
+        thread.join()
+        at_error = self._tester.results(config).get(channel, (0, "no answer within a minute"))
+        return self._json({"data": {"sent": at_error[1] is None, "error": at_error[1]}})
 
-    def _metrics(self) -> str:
-        self._let_in(public=False)
-        self._secure_headers("text/plain; version=0.0.4; charset=utf-8")
-        return self._counts.text(self._config)
+    # Pages
 
-    def _badge(self, key: str) -> Any:
-        """A monitor's state, or the most urgent state of all, as an image."""
-        self._let_in(public=True)
-        config, now = self._config, self._clock.now()
-        if key != "all" and key not in config.monitors:
-            raise self._refuse(404, f"no monitor {show(key)}")
+    def _send_page(self, page: str) -> Any:
+        """A page, or, where its script asks, what of it has changed."""
+        response, request = self._bottle.response, self._bottle.request
+        response.content_type = "text/html; charset=UTF-8"
+        if not request.get_header("X-Larm-Refresh"):
+            return page
+        part = changed(page)
+        mark = f'"{hashlib.sha256(part.encode()).hexdigest()[:32]}"'
+        response.set_header("ETag", mark)
+        if request.get_header("If-None-Match") == mark:
+            response.status = 304
+            return ""
+        return part
+
+    def _dashboard(self, config: Config, viewer: bool) -> Any:
+        now = self._clock.now()
         with self._store.reading() as db:
-            rows = read_monitors(db)
-        states = [shown_state(rows.get(one.key), one, now) for one in config.monitors.values()
-                  if key in ("all", one.key)]
-        state = next((state for state in STATES if state in states), "pending")
-        name, text = "monitors", f"{states.count(state)} {state}"
-        if key != "all":
-            name, text = config.monitors[key].name, state
-            name = name if len(name) <= BADGE_NAME else name[: BADGE_NAME - 1] + "…"
-        self._secure_headers("image/svg+xml; charset=UTF-8")
-        return self._badge_image.render(
-            name=name, text=text, left=text_width(name), right=text_width(text),
-            colour=BADGE_COLOURS.get(state, "#5f5f5f"),
-        )
+            views = read_views(db, config, now)
+            events = read_events(db, EVENTS_SHOWN)
+            notices = self._notices(db, config, now) if viewer else []
+        asked = " ".join(self._bottle.request.query.getunicode("q", "").split())[:100]
+        return self._send_page(dashboard(
+            views, events, notices, config=config, viewer=viewer, now=now, asked=asked,
+        ))
 
-    def _json(self, value: object) -> str:
-        self._secure_headers("application/json")
-        return json.dumps(value, ensure_ascii=False)
+    def _notices(self, db: sqlite3.Connection, config: Config, now: int) -> list[Notice]:
+        """All that is wrong with Larm itself."""
+        zone, failure = config.timezone, self._store.failure
+        found = [Notice("down", "Larm", f"heartbeats can't be recorded: {failure}; pings get 503")
+                 ] if failure else []
+        found += [Notice("late", "Larm", row["text"]) for row in open_troubles(db)
+                  if row["topic"] == "disk"]
+        found += [
+            Notice("late", f"Channel {name}", describe_channel(row, zone, now))
+            for name, row in read_channels(db).items()
+            if name in config.channels and row["failing_since"] is not None
+        ]
+        found += [Notice("late", "Not applied", mistake) for mistake in self._health.mistakes]
+        if not config.channels:
+            found.append(Notice("late", "Nobody is alerted", "larm.toml has no channels yet."))
+        if config.zone_trouble:
+            found.append(Notice("late", "Time zone", config.zone_trouble))
+        found += [Notice("note", "Not watched", f"{describe_gap(gap, zone)}.")
+                  for gap in gaps_since(db, now - DAY).get(None, ())
+                  if gap["why"] == "away" and gap["to_at"] - gap["from_at"] > GAP]
+        return found + self._odd_pings(now)
 
-    def _health(self) -> str:
+    def _odd_pings(self, now: int, key: str | None = None) -> list[Notice]:
+        """The pings that changed nothing, or those of one monitor."""
+        found = []
+        for one in self._intake.odd_pings():
+            often = f"{counted(one.count, 'time')} from {one.sender}, last {far_from(one.at, now)}"
+            if one.key is None and key is None:
+                text = f"{show(one.text)}… was pinged {often}: a typo, or a removed monitor?"
+                found.append(Notice("note", "Unknown token", text))
+            elif one.key is not None and key in (None, one.key):
+                text = f"{one.key} was pinged with /{one.text}, which means nothing, {often}."
+                found.append(Notice("note", "Unknown action", text))
+        return found
+
+    def _monitor(self, config: Config, viewer: bool, key: str) -> Any:
+        now, before = self._clock.now(), self._page().get("before")
+        with self._store.reading() as db:
+            [view] = read_views(db, config, now, [key])
+            monitor_id = self._monitor_id(db, key)
+            beats = list_heartbeats(db, monitor_id, BEATS_READ)
+            shown = list_heartbeats(db, monitor_id, BEATS_READ, before) if before else beats
+            events = read_events(db, EVENTS_SHOWN, None, monitor_id)
+        runs = read_runs(shown)
+        return self._send_page(monitor_page(
+            view, runs=runs[:RUNS_SHOWN], events=events, notices=self._odd_pings(now, key),
+            rhythm=read_rhythm(config.monitors[key], beats), tests=self._tests(config, key),
+            config=config, viewer=viewer, now=now,
+            older=runs[RUNS_SHOWN - 1].id if len(runs) > RUNS_SHOWN else None,
+        ))
+
+    def _tests(self, config: Config, key: str) -> dict[str, tuple[int, str | None]]:
+        results = self._tester.results(config)
+        return {name: results[name] for name in config.monitors[key].notify if name in results}
+
+    def _act(self, config: Config, _viewer: bool, key: str, verb: str) -> str:
+        """A button of a monitor's page: do what it says, and show the page again."""
+        if verb == "test":
+            if self._tester.start(config, config.monitors[key].notify) is None:
+                raise self._refuse(503, "Another test of a channel is under way.")
+        elif verb == "ping":
+            [view] = self._views(config, [key], history=False)
+            sender = sender_of(self._bottle.request.environ, config.proxies)
+            self._intake.take(view.token or "", "", lambda signal, _: Ping(
+                signal, method="POST", sender=sender, user_agent="Larm's page",
+            ), sender).result()
+        else:
+            form = parse_qs(read_tail(self._bottle.request.environ).decode("latin-1"))
+            self._pause_or_resume(config, key, verb, form.get("for", [""])[0])
+        return self._go_to(f"{config.prefix}/monitor/{key}")
+
+    def _login(self, config: Config, _viewer: bool) -> str:
+        return self._go_to(f"{config.prefix}/")
+
+    def _go_to(self, path: str) -> str:
+        self._bottle.response.status = 303
+        self._bottle.response.set_header("Location", path)
+        return ""
+
+    def _badge(self, config: Config, _viewer: bool, key: str) -> str:
+        """A monitor's state; "all", unless a monitor is called so: the most urgent state of all."""
+        keys = [key] if key in config.monitors else None
+        views = self._views(config, keys, history=False)
+        state = next(state for state in STATES if any(view.state == state for view in views))
+        name, text = "monitors", f"{sum(view.state == state for view in views)} {state}"
+        if keys:
+            name, text = views[0].monitor.name, state
+        self._bottle.response.content_type = "image/svg+xml; charset=UTF-8"
+        return badge(name, text, state)
+
+    def _report_health(self, _config: Config, _viewer: bool) -> str:
         reason = self._store.failure and f"the database can't be written: {self._store.failure}"
         if self._watcher.is_stalled():
             reason = "the watcher is stalled"
@@ -4254,1013 +5378,97 @@ class Web:
         return self._json({"status": "unavailable", "reason": reason} if reason
                           else {"status": "ok"})
 
-    def _refuse(self, status: int, message: str = "", **headers: str) -> Any:
-        """An error to raise, or to return, from a handler."""
-        headers |= ERROR_HEADERS.get(status, {})
-        return self._bottle.HTTPError(status, message or REFUSALS[status], **headers)
+    def _count(self, db: sqlite3.Connection) -> None:
+        """Add up what has come since the last scrape, so that pruning takes nothing from it."""
+        with self._counting:
+            for row in rows(db, """
+                SELECT e.id, key || ' ' || type AS what
+                FROM events e JOIN monitors m ON m.id = e.monitor_id
+                WHERE e.id > :newest
+                """, newest=self._newest["events"]):
+                self._counts[row["what"]] += 1
+                self._newest["events"] = max(self._newest["events"], row["id"])
+            for row in rows(db, "SELECT * FROM gaps WHERE why = 'away' AND id > :newest",
+                            newest=self._newest["gaps"]):
+                self._counts["gaps"] += 1
+                self._counts["gap ms"] += row["to_at"] - row["from_at"]
+                self._newest["gaps"] = max(self._newest["gaps"], row["id"])
 
-    def _error_page(self, error: Any) -> str:
-        """Any error, as the API has it or as a page."""
-        if error.exception:
-            log.error("%s: %s: %s", self._bottle.request.path[:200],
-                      type(error.exception).__name__, error.exception)
-        if self._bottle.request.path.startswith("/api/"):
-            kind = ERROR_TYPES.get(error.status_code, "invalid_request")
-            return self._json({"error": {"type": kind, "message": str(error.body)[:200]}})
-        return self._site.refuse(error.status_code)
+    def _metrics(self, config: Config, _viewer: bool) -> str:
+        """What Prometheus scrapes: https://prometheus.io/docs/instrumenting/exposition_formats/
 
-    def _secure_headers(self, content_type: str = "text/html; charset=UTF-8") -> None:
-        """Nothing but our own style is loaded, nothing is kept, and no token leaves in a referrer.
+        Counters begin at 0 with Larm's start.
         """
-        response = self._bottle.response
-        response.set_header("Content-Type", content_type)
-        response.set_header("Cache-Control", "no-store")
-        response.set_header("Referrer-Policy", "no-referrer")
-        response.set_header("X-Content-Type-Options", "nosniff")
-        response.set_header(
-            "Content-Security-Policy",
-            POLICY,
-        )
+        self._bottle.response.content_type = "text/plain; version=0.0.4; charset=utf-8"
+        with self._store.reading() as db:
+            views = read_views(db, config, self._clock.now(), history=False)
+            pending = {name: row["pending"] for name, row in read_channels(db).items()}
+            self._count(db)
+        tries, counts = self._notifier.tries, self._counts
+        states = {view.monitor.key: view.state for view in views}
 
+        def moments(of: str) -> dict[str, float]:
+            found = [(view.monitor.key, getattr(view, of)) for view in views]
+            return {labels(monitor=key): ms / SECOND for key, ms in found if ms is not None}
 
-def read_json(body: bytes) -> object:
-    """What a request's body says: {} where it is empty, None where it is not JSON."""
-    try:
-        return json.loads(body or b"{}")
-    except (ValueError, RecursionError):
-        return None
-
-
-def _ping(environ: Environ, signal: str, exit_status: int | None) -> Ping:
-    """What is kept of a request: nothing in it can grow beyond a bound."""
-    query = environ.get("QUERY_STRING", "")
-    rid = parse_qs(query[:1_000], errors="replace").get("rid", [""])[0]
-    body = tail(environ["wsgi.input"], BODY_KEPT)
-    return Ping(
-        signal=signal,
-        exit_status=exit_status,
-        method=environ["REQUEST_METHOD"][:16],
-        sender=environ.get("REMOTE_ADDR"),
-        user_agent=environ.get("HTTP_USER_AGENT", "")[:200] or None,
-        rid=rid if 1 <= len(rid) <= 64 else None,
-        body=body.decode("utf-8", "replace") or None,
-    )
-
-
-def text_width(text: str) -> int:
-    """About how many pixels a text takes in an 11 px sans-serif."""
-    wide = sum(one in "mwMW@%—" or unicodedata.east_asian_width(one) in "WF" for one in text)
-    narrow = sum(one in "iljtfrI.,:;'|! ()[]" for one in text)
-    return 7 * len(text) + 4 * wide - 3 * narrow
-
-
-def _moment(text: str | None, zone: tzinfo, now: int) -> str:
-    """A JSON moment for people, with how far from now it is."""
-    if text is None:
-        return "–"
-    at = round(datetime.fromisoformat(text).timestamp() * SECOND)
-    return f"{iso_local(at, zone)[:19]} ({far_from(at, now)})"
-
-
-Mistakes = Callable[[], Sequence[str]]
-
-
-class Site:
-    """The pages for people: the dashboard, and each monitor's with its buttons."""
-
-    def __init__(self, store: Store, clock: Clock, intake: Intake, mistakes: Mistakes) -> None:
-        import bottle
-
-        self._bottle = bottle
-        self._store = store
-        self._clock = clock
-        self._intake = intake
-        self._mistakes = mistakes
-        self._config: Config
-        self._access: Access
-        self._bars: tuple[object, dict[str, str]] = None, {}  # what they hold for, and they
-        self._tested: dict[str, tuple[int, str | None]] = {}  # channel -> when, and what failed
-        self._templates = {
-            name: bottle.SimpleTemplate(HEAD + body + FOOT)
-            for name, body in (("dashboard", DASHBOARD), ("monitor", MONITOR), ("word", ""))
+        families: dict[str, Mapping[str, float]] = {  # name, type, help: values by labels
+            "larm_build_info gauge The version that runs.": {labels(version=__version__): 1},
+            "process_start_time_seconds gauge When Larm started and every counter was 0.":
+                {"": self._started_at / SECOND},
+            "larm_commit_seconds summary How long the writer's commits took.":
+                {"_sum": self._store.commit_seconds, "_count": self._store.commits},
+            "larm_gaps_total counter Times that Larm had not been watching.": {"": counts["gaps"]},
+            "larm_gap_seconds_total counter How long Larm was not watching.":
+                {"": counts["gap ms"] / SECOND},
+            "larm_deliveries_total counter Messages given to a channel; failed is tried again.":
+                {labels(channel=channel, result=result): tries[channel, result]
+                 for channel in config.channels for result in ("sent", "failed")},
+            "larm_deliveries_pending gauge Alerts that are yet to be sent.":
+                {labels(channel=channel): pending.get(channel, 0) for channel in config.channels},
+            "larm_monitor_state gauge 1 for the state that the monitor is in.":
+                {labels(monitor=key, state=state): int(state == found)
+                 for key, found in states.items() for state in STATES},
+            "larm_monitor_last_heartbeat_timestamp_seconds gauge When the last success came.":
+                moments("received_at"),
+            "larm_monitor_deadline_timestamp_seconds gauge When it goes down without a heartbeat.":
+                moments("deadline_at"),
+            "larm_monitor_last_duration_seconds gauge How long the last run took.":
+                moments("last_duration"),
+            "larm_events_total counter Times that a monitor went down or came up.":
+                {labels(monitor=key, type=type): counts[f"{key} {type}"]
+                 for key in states for type in ("down", "up")},
         }
-
-    def add_routes(self, route: Callable[[str, str, Callable[..., Any]], None]) -> None:
-        route("GET", "/", self._dashboard)
-        route("GET", "/monitor/<key>", self._monitor)
-        route("POST", "/monitor/<key>/<verb:re:pause|resume|test>", self._act)
-
-    def use(self, config: Config, access: Access) -> None:
-        self._config, self._access = config, access
-        self._bars = None, {}
-
-    def _dashboard(self) -> str:
-        config, now = self._config, self._clock.now()
-        refusal = self._refusal()
-        if refusal and not config.public:
-            return self.refuse(refusal)
-        viewer = refusal is None
-        with self._store.reading() as db:
-            monitors = describe_monitors(db, config, now)
-            why = causes(db)
-            bars = self._draw_bars(db, now)
-            gaps = [gap for gap in gaps_since(db, now - DAY) if is_long(gap)]
-            troubles = describe_troubles(db, config, now)
-        asked = " ".join(self._bottle.request.query.getunicode("q", "").split())[:100]
-        return self._render(
-            "dashboard",
-            answer(monitors, why, config, now),
-            notices=attention(
-                monitors, why, gaps, self._mistakes(), troubles, self._intake.strangers(), viewer,
-                config, now,
-            ),
-            rows=[
-                (one, lasting(one, now), bars[one["id"]], longest_uptime(one))
-                for one in monitors
-                if is_asked_for(asked, one)
-            ],
-            asked=asked,
-            count=len(monitors),
-            filter_from=FILTER_FROM,
-            viewer=viewer,
-            example=ping_command(monitors[0]["ping_url"]),
-        )
-
-    def _draw_bars(self, db: sqlite3.Connection, now: int) -> dict[str, str]:
-        """Each monitor's 90 days, by key. Drawn once a minute, and for each new event."""
-        zone = self._config.timezone
-        held_for = now // MINUTE, newest_id(db, "events")
-        if self._bars[0] != held_for:
-            days = midnights(zone, DAYS_SHOWN, now)
-            found = describe_days(db, self._config.monitors, days, now)
-            dates = [f"{datetime.fromtimestamp(day // SECOND, zone):%-d %b}" for day in days]
-            self._bars = held_for, {key: draw_days(one, dates) for key, one in found.items()}
-        return self._bars[1]
-
-    def _monitor(self, key: str) -> Any:
-        config, now = self._config, self._clock.now()
-        refusal = self._refusal()
-        if refusal and not config.public:
-            return self.refuse(refusal)
-        if key not in config.monitors:
-            return self._bottle.HTTPError(404)
-        before = self._bottle.request.query.get("before", "")
-        with self._store.reading() as db:
-            [monitor] = describe_monitors(db, config, now, [key])
-            id = read_monitors(db)[key]["id"]
-            beats = recent_heartbeats(db, id, BEATS_SHOWN)
-            older_than = int(before) if re.fullmatch("[0-9]{1,18}", before) else None
-            runs = recent_heartbeats(db, id, RUNS_SHOWN, older_than)
-            events = recent_events(db, id, EVENTS_SHOWN)
-            cause = causes(db).get(key)
-            bar = self._draw_bars(db, now)[key]
-        viewer = refusal is None
-        return self._render(
-            "monitor",
-            (monitor["state"], monitor["name"], sentence(monitor, cause, config, now)),
-            here=f"{config.prefix}/monitor/{key}",
-            monitor=monitor,
-            rhythm=describe_rhythm(config.monitors[key]),
-            found=rhythm(config.monitors[key], beats).lines(),
-            upcoming=upcoming(config.monitors[key], config.timezone, now),
-            bar=bar,
-            timeline=draw_beats(beats, config.timezone, now),
-            beats=beats,
-            runs=runs,
-            older=runs[-1]["id"] if len(runs) == RUNS_SHOWN else None,
-            events=events,
-            viewer=viewer,
-            snippets=snippets(config.monitors[key], monitor["ping_url"]) if viewer else [],
-            tested=[(name, self._tested.get(name)) for name in monitor["channels"] if viewer],
-        )
-
-    def _act(self, key: str, verb: str) -> Any:
-        """A button of a monitor's page: do what it says, and show the page again."""
-        environ, config = self._bottle.request.environ, self._config
-        if refusal := self._refusal():
-            return self.refuse(refusal)
-        if self._access.is_cross_site(environ):
-            return self.refuse(403, "A page of another site asked for this: it was not done.")
-        monitor = config.monitors.get(key)
-        if monitor is None:
-            return self._bottle.HTTPError(404)
-        form = parse_qs(tail(environ["wsgi.input"], BODY_KEPT).decode("latin-1"))
-        try:
-            if verb == "test":
-                for name in monitor.notify:
-                    self._tested[name] = self._clock.now(), send_test(config, name)
-            else:
-                span = pause_length(form["for"][0]) if "for" in form else None
-                now = self._clock.now()
-                self._store.write(lambda db: pause_or_resume(db, monitor, verb, span, now))
-        except Unrecordable as error:
-            return self.refuse(503, f"Nothing can be written now: {error}")
-        except ValueError as error:
-            return self.refuse(400, str(error))
-        self._bottle.response.status = 303
-        self._bottle.response.set_header("Location", f"{config.prefix}/monitor/{key}")
-        return ""
-
-    def _refusal(self) -> int | None:
-        return self._access.refusal(self._bottle.request.environ)
-
-    def refuse(self, status: int, text: str = "") -> str:
-        """The page that says why there is no other one."""
-        response = self._bottle.response
-        response.status = status
-        if status == 401:
-            response.set_header("WWW-Authenticate", CHALLENGE)
-        if status == 429:
-            response.set_header("Retry-After", "60")
-        text = text or REFUSALS.get(status, "Larm's page is at / on this address.")
-        return self._render("word", ("paused", response.status_line, text))
-
-    def _render(self, template: str, answer: tuple[str, str, str], **values: Any) -> str:
-        """A page, which loads nothing but its own style and script, and tells no other site.
-
-        `answer`: the state, headline and sentence at its top.
-        """
-        response = self._bottle.response
-        response.set_header("Content-Type", "text/html; charset=UTF-8")
-        response.set_header("Cache-Control", "no-store")
-        response.set_header("Referrer-Policy", "same-origin")  # none at all makes Origin null
-        response.set_header("X-Content-Type-Options", "nosniff")
-        response.set_header("Content-Security-Policy", POLICY)
-        config, now = self._config, self._clock.now()
-
-        def moment(at: int) -> str:
-            return iso_local(at, config.timezone)[:19]
-
-        page: str = self._templates[template].render(
-            values,
-            **dict(zip(("state", "title", "text"), answer, strict=True)),
-            **PAGE_WORDS,
-            config=config,
-            prefix=config.prefix,
-            script=None if template == "word" else SCRIPT,  # a refusal does not ask again
-            icon=ICONS[answer[0]],
-            moment=moment,
-            far=lambda at: far_from(at, now),
-            ago=lambda text: ago(text, now),
-            describe_delivery=lambda one: describe_delivery(one, config.timezone),
-        )
-        return page
-
-
-# ======================================================================================
-# Pages: what people read, as words, drawings and templates. Knows nothing of HTTP.
-# ======================================================================================
-
-DAYS_SHOWN = 90
-BEATS_SHOWN, RUNS_SHOWN, EVENTS_SHOWN = 100, 20, 20
-FILTER_FROM = 15  # monitors: with fewer, eyes are faster
-PENDING_LISTED = 3  # monitors whose ping command the dashboard shows
-
-REFUSALS = {
-    401: "Give the password that is set in larm.toml; the user name may be anything.",
-    403: "Larm shows itself only to this machine until a password is set: add "
-    'password = "..." to larm.toml, or open it through an SSH tunnel.',
-    429: "Too many wrong passwords. Wait a minute, then try again.",
-}
-
-Described = Mapping[str, Any]  # a monitor, as describe_monitor() gives it
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something that needs attention. `kind` chooses its shape and colour: a state, or "note"."""
-
-    kind: str
-    title: str
-    text: str
-    link: str = ""  # below the prefix
-    code: str = ""  # to be copied, or what the job said
-
-
-def describe_troubles(db: sqlite3.Connection, config: Config, now: int) -> list[str]:
-    """What is wrong with Larm itself, but for its file, with its channels, and what flaps."""
-    found = [row["text"] for row in open_troubles(db) if row["topic"] in ("disk", "database")]
-    rows = read_monitors(db)
-    found += [
-        f"{monitor.name} is flapping: no alert of it until it has held one state"
-        for key, monitor in config.monitors.items()
-        if key in rows and rows[key]["told"] == "flapping" and rows[key]["watching"] == "yes"
-    ]
-    return found + [
-        f"channel {name}: {describe_channel(row, config.timezone, now)}"
-        for name, row in read_channels(db).items()
-        if name in config.channels and row["failing_since"] is not None
-    ]
-
-
-def attention(
-    monitors: Sequence[Described],
-    causes: Mapping[str, sqlite3.Row],
-    gaps: Sequence[sqlite3.Row],
-    mistakes: Sequence[str],
-    troubles: Sequence[str],
-    strangers: Sequence[Stranger],
-    viewer: bool,
-    config: Config,
-    now: int,
-) -> list[Notice]:
-    """All that needs it, the worst first; but for viewers only the monitors and the gaps."""
-    found = []
-    for state in ("down", "late"):
-        ones = [monitor for monitor in monitors if monitor["state"] == state]
-        for one in ones[:LISTED]:
-            cause = causes.get(one["id"])
-            output = (cause["output"] or "") if viewer and cause else ""
-            said = "\n".join(plain(output).strip().splitlines()[-3:])
-            text = sentence(one, cause, config, now)
-            found.append(Notice(state, one["name"], text, f"/monitor/{one['id']}", said))
-        if len(ones) > LISTED:
-            more = len(ones) - LISTED
-            found.append(Notice(state, f"{more} more are {state}", "", f"/?q={state}"))
-    if viewer:
-        found += [Notice("late", "Larm", trouble) for trouble in troubles]
-        found += [Notice("late", "Not applied", mistake) for mistake in mistakes]
-    if viewer and not config.channels:
-        found.append(Notice("late", "Nobody is alerted", "larm.toml has no channels yet."))
-    found += [Notice("note", "Not watched", f"{describe_gap(gap, config.timezone)}.")
-              for gap in gaps]
-    found += [
-        Notice("note", "Unknown token",
-               f"{show(one.start)}… was pinged {counted(one.count, 'time')} from {one.sender}, "
-               f"last {far_from(one.at, now)}: a typo, or a monitor that was removed?")
-        for one in (strangers if viewer else ())
-    ]
-    waiting = [monitor for monitor in monitors if monitor["state"] == "pending"]
-    for one in waiting[:PENDING_LISTED]:
-        text, code = sentence(one, None, config, now), ""
-        if viewer and one["ping_url"]:
-            text, code = "Never pinged. Let its job run:", ping_command(one["ping_url"])
-        found.append(Notice("pending", one["name"], text, f"/monitor/{one['id']}", code))
-    if more := max(0, len(waiting) - PENDING_LISTED):
-        found.append(Notice("pending", f"{more} more were never pinged", "", "/?q=pending"))
-    return found
-
-
-def answer(
-    monitors: Sequence[Described], causes: Mapping[str, sqlite3.Row], config: Config, now: int
-) -> tuple[str, str, str]:
-    """Why somebody opened the page: (state, headline, one sentence more)."""
-    by_state: dict[str, list[Described]] = defaultdict(list)
-    for monitor in monitors:
-        by_state[monitor["state"]].append(monitor)
-    total, up = len(monitors), by_state["up"]
-
-    def others(*but: str) -> str:
-        words = {"down": "down", "late": "late", "pending": "never pinged", "paused": "paused"}
-        counts = [f"{len(by_state[state])} {word}" for state, word in words.items()
-                  if by_state[state] and state not in but]
-        return f" Also {', '.join(counts)}." if counts else ""
-
-    for state in ("down", "late"):
-        ones = by_state[state]
-        if len(ones) == 1:
-            text = sentence(ones[0], causes.get(ones[0]["id"]), config, now)
-            return state, f"{ones[0]['name']} is {state}", text + others(state)
-        if ones:
-            names = [f"{one['name'][:NAME_SHOWN]} for {lasting(one, now)}" for one in ones[:3]]
-            more = f" and {len(ones) - 3} more" if len(ones) > 3 else ""
-            text = f"{', '.join(names)}{more}.{others(state)}"
-            return state, f"{len(ones)} of {total} monitors are {state}", text
-    if up:
-        headline = f"{len(up)} of {total} monitors are up"
-        if len(up) == total:
-            headline = f"All {total} monitors are up" if total > 1 else f"{up[0]['name']} is up"
-        last = ago(max(monitor["last_heartbeat_at"] for monitor in up), now)
-        due = ago(min(monitor["expected_at"] for monitor in up), now)
-        return "up", headline, f"Last heartbeat {last}, next one due {due}.{others()}"
-    if by_state["pending"]:
-        return "pending", "Waiting for the first ping", f"None has come yet.{others('pending')}"
-    return "paused", "Nothing is watched", f"{counted(total, 'monitor')} paused."
-
-
-def moment_of(text: str) -> int:
-    """A JSON moment in milliseconds."""
-    return round(datetime.fromisoformat(text).timestamp() * SECOND)
-
-
-def ago(text: str | None, now: int) -> str:
-    """How far a JSON moment is from now, in its largest unit."""
-    if text is None:
-        return "never"
-    return re.sub(r"(\d \w+) \d+ \w+", r"\1", far_from(moment_of(text), now))
-
-
-def lasting(monitor: Described, now: int) -> str:
-    """For how long a monitor has had its state."""
-    return ago(monitor["since"], now).removesuffix(" ago")
-
-
-def sentence(
-    monitor: Described, cause: sqlite3.Row | None, config: Config, now: int
-) -> str:
-    """A monitor's state since when, why, and what comes next; `cause`: as causes() gives it."""
-    state, since = monitor["state"], moment_of(monitor["since"])
-    last, due, deadline = (
-        ago(monitor[name], now) for name in ("last_heartbeat_at", "expected_at", "deadline_at")
-    )
-    grace = format_duration(round(monitor["grace_seconds"] * SECOND))
-    is_today = now - since < DAY and midnights(config.timezone, 1, now)[0] <= since
-    moment = datetime.fromtimestamp(since // SECOND, config.timezone)
-    when = f"since {moment:{'%H:%M' if is_today else '%-d %b %H:%M'}} ({lasting(monitor, now)})"
-    if state == "up":
-        return f"Up. Last heartbeat {last}, next due {due}, {grace} grace."
-    if state == "late":
-        return f"Late: due {due}, down {deadline} unless it pings. Last heartbeat {last}."
-    if state == "down":
-        why = describe_cause(cause["reason"], cause["exit_status"]) if cause else "unknown why"
-        return f"Down {when}: {why}. Last heartbeat {last}."
-    if state == "pending":
-        return "Never pinged. It is watched from its first heartbeat on."
-    off = "" if monitor["enabled"] else "by enabled = false in larm.toml, "
-    return f"Paused {off}{when}. Last heartbeat {last}."
-
-
-def describe_cause(reason: str, exit_status: int | None) -> str:
-    if reason == "failed" and exit_status is not None:
-        return f"exit status {exit_status}"
-    return {"missed": "no heartbeat came in time", "failed": "the job reported a failure",
-            "overran": "its run did not end in time"}[reason]
-
-
-def longest_uptime(monitor: Described) -> str:
-    """The figure of the longest time that there is one for, with that time unless it is 90 d."""
-    for span, figure in reversed(monitor["uptime"].items()):
-        if figure is not None and monitor["state"] != "pending":
-            return f"{figure:g} %" if span == "90d" else f"{figure:g} % in {span[:-1]} {span[-1]}"
-    return "–"
-
-
-def is_asked_for(asked: str, monitor: Described) -> bool:
-    """Whether each word of the filter is in a monitor's name, key or state."""
-    text = f"{monitor['name']} {monitor['id']} {monitor['state']}".casefold()
-    return all(word in text for word in asked.casefold().split())
-
-
-def ping_command(ping_url: str) -> str:
-    return f"curl -fsS -m 10 --retry 5 {ping_url}"
-
-
-def snippets(monitor: Monitor, url: str) -> list[tuple[str, str]]:
-    """How a job pings, ready to be copied: (where, what)."""
-    minutes = monitor.interval // MINUTE
-    times = "0 3 * * *" if minutes >= 1440 else f"0 */{minutes // 60} * * *"
-    if minutes < 60:
-        times = f"*/{max(1, minutes)} * * * *"
-    if monitor.schedule:
-        times = monitor.schedule.expression
-    job, curl = "/path/to/job.sh", ping_command(url)
-    return [
-        ("crontab", f"{times} {job} && {curl}"),
-        ("Shell, with its failures", f"{job}; {curl}/$?"),
-        ("Larm's own wrapper, with output and duration",
-         f"python3 larm.py run --url {url} -- {job}"),
-        ("systemd service", f"[Service]\nType=oneshot\nExecStart={job}\nExecStartPost={curl}"),
-        ("Python", f'import urllib.request\nurllib.request.urlopen("{url}", timeout=10)'),
-        ("Node.js", f'await fetch("{url}", {{ signal: AbortSignal.timeout(10_000) }});'),
-        ("Ruby", f'require "net/http"\nNet::HTTP.get(URI("{url}"))'),
-    ]
-
-
-SIGNAL_CLASSES = {"success": "up", "fail": "down", "start": "paused", "log": "paused"}
-DAY_WORDS = {"up": "up", "down": "down all day", "partly": "down", "unwatched": "not watched",
-             "none": "no data"}
-DAY_PATHS = {"up": "M{x} 13h{w}", "down": "M{x} 10h{w}", "partly": "M{x} 4h{w}m-{w} 11h{w}",
-             "unwatched": "M{x} 17h{w}", "none": "M{x} 19h{w}"}
-
-
-def draw_days(days: Sequence[Day], dates: Sequence[str]) -> str:
-    """A bar of one cell a day, 3 wide and 1 apart; equal days in a row are one dashed line.
-
-    What is not up stands out of the line, and each kind has a height of its own.
-    """
-    parts, counts, at = [], [], 0
-    for (kind, down), run in itertools.groupby(days):
-        count = len(list(run))
-        first, last = dates[at], dates[at + count - 1]
-        path = DAY_PATHS[kind].format(x=4 * at, w=4 * count - 1)
-        words = DAY_WORDS[kind] + (f" {format_duration(down)}" if kind == "partly" else "")
-        month = last[last.index(" ") :]
-        when = first if first == last else f"{first.removesuffix(month)}–{last}"
-        kind = "" if kind == "up" else f'class="{kind}" '  # most are: not to be said so often
-        parts.append(f'<path {kind}d="{path}"><title>{when}: {words}</title></path>')
-        at += count
-    for kind, word in (("up", "up"), ("partly", "partly down"), ("down", "down")):
-        if number := sum(day[0] == kind for day in days):
-            counts.append(f"{number} {word}")
-    label = f"Days: {', '.join(counts) or 'no data'}"
-    return (f'<svg class="days" viewBox="0 0 {4 * len(days) - 1} 20" role="img" '
-            f'aria-label="{label}">{"".join(parts)}</svg>')
-
-
-def draw_beats(beats: Sequence[sqlite3.Row], zone: tzinfo, now: int) -> str:
-    """Heartbeats (newest first) on a line of time that ends now, as high as they took long."""
-    first = beats[-1]["at"] if beats else now
-    longest = max((beat["duration_ms"] or 0 for beat in beats), default=0)
-    parts = []
-    for beat in reversed(beats):
-        height = 30 + (48 * (beat["duration_ms"] or 0) // longest if longest else 0)
-        kind = SIGNAL_CLASSES[beat["signal"]]
-        x = 4 + 992 * (beat["at"] - first) // max(1, now - first)
-        parts.append(f'<path class="{kind}" d="M{x} 80v-{height if kind != "paused" else 14}">'
-                     f"<title>{iso_local(beat['at'], zone)[:19]}: {describe_beat(beat)}</title>"
-                     "</path>")
-    return (f'<svg class="beats" viewBox="0 0 1000 80" preserveAspectRatio="none" role="img" '
-            f'aria-label="{counted(len(beats), "heartbeat")}">{"".join(parts)}</svg>')
-
-
-def describe_beat(beat: sqlite3.Row) -> str:
-    """What a heartbeat said: "success, took 12 s"; "failed, exit status 3"."""
-    text = {"success": "success", "fail": "failed", "start": "started", "log": "output"}
-    words = [text[beat["signal"]]]
-    if beat["exit_status"]:
-        words.append(f"exit status {beat['exit_status']}")
-    if beat["duration_ms"] is not None:
-        words.append(f"took {format_duration(beat['duration_ms'])}")
-    return ", ".join(words)
-
-
-def event_in_words(event: Mapping[str, Any]) -> str:
-    if event["type"] == "up":
-        return f"up again after {format_duration(event['down_ms'])}"
-    return f"down: {describe_cause(event['reason'], event['exit_status'])}"
-
-
-def describe_delivery(delivery: sqlite3.Row, zone: tzinfo) -> str:
-    """What became of an alert on its way to a channel."""
-    words = [delivery["state"]]
-    if delivery["at"] is not None:
-        words[0] += f" {iso_local(delivery['at'], zone)[:19]}"
-    if delivery["state"] != "sent" or delivery["attempts"] > 1:
-        words.append(counted(delivery["attempts"], "attempt"))
-    return ", ".join([*words, delivery["error"] or ""]).rstrip(", ")
-
-
-SHAPES = {  # of the states, each with a form of its own, for those who see no difference in colour
-    "up": "M12 1a11 11 0 1 0 0 22a11 11 0 0 0 0-22zM10.2 17.4l-5.1-5.1 2-2 3.1 3.1 6.7-6.7 2 2z",
-    "down": "M7.4 1h9.2L23 7.4v9.2L16.6 23H7.4L1 16.6V7.4zM8.2 6.2l-2 2L10 12l-3.8 3.8 2 2L12 14l"
-    "3.8 3.8 2-2L14 12l3.8-3.8-2-2L12 10z",
-    "late": "M12 1.5 23.8 22.5H.2zM10.8 9v6.5h2.4V9zM10.8 17.4v2.4h2.4v-2.4z",
-    "pending": "M12 1a11 11 0 1 0 0 22a11 11 0 0 0 0-22zM12 4a8 8 0 1 1 0 16a8 8 0 0 1 0-16zM12 9"
-    "a3 3 0 1 0 0 6a3 3 0 0 0 0-6z",
-    "paused": "M5 1h14a4 4 0 0 1 4 4v14a4 4 0 0 1-4 4H5a4 4 0 0 1-4-4V5a4 4 0 0 1 4-4zM7.5 7v10h3V7"
-    "zM13.5 7v10h3V7z",
-    "note": "M12 1a11 11 0 1 0 0 22a11 11 0 0 0 0-22zM10.7 10.5v7h2.6v-7zM10.7 6v2.6h2.6V6z",
-}
-_ICON_COLOURS = {"up": "#14803f", "down": "#c81e27", "late": "#b97a00"}
-ICONS = {
-    state: "data:image/svg+xml," + quote(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24"><path fill-rule="evenodd" '
-        f'fill="{_ICON_COLOURS.get(state, "#667")}" d="{shape}"/></svg>'
-    )
-    for state, shape in SHAPES.items()
-}
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #f6f6f3; --card: #fff; --ink: #191b1d;
-  --muted: #5b6066; --line: #e4e4df; --up: #12703c; --down: #b8151e; --late: #855600;
-  --bar: #35a067; --partly: #c98500;
-  --is-up: #115c34; --is-down: #ad121b; --is-late: #7d5200; --is-else: #46525f; }
-@media (prefers-color-scheme: dark) { :root { --paper: #111315; --card: #1a1d20; --ink: #e8eaec;
-  --muted: #a2a9b0; --line: #2d3236; --up: #63d396; --down: #ff857f; --late: #f0b94f;
-  --bar: #3a9c67; --partly: #e0a030;
-  --is-up: #0e4b2b; --is-down: #8f0f17; --is-late: #644200; --is-else: #353f4a; } }
-* { box-sizing: border-box; margin: 0; }
-body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif;
-  font-variant-numeric: tabular-nums; margin: auto; max-width: 74rem; overflow-wrap: anywhere;
-  padding: 0 max(1rem, 2vw) 2rem; }
-header, nav { align-items: center; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }
-header { justify-content: space-between; min-height: 3.5rem; }
-nav a { color: var(--muted); text-decoration: none; }
-nav a:first-child { color: inherit; font-weight: 700; }
-a { color: inherit; text-decoration-color: var(--muted); text-underline-offset: .2em; }
-a:hover { text-decoration: underline; }
-:focus-visible { outline: 3px solid #2a78d6; outline-offset: 2px; }
-h1 { font-size: clamp(1.6rem, 1.2rem + 2vw, 2.5rem); font-weight: 680; letter-spacing: -.02em;
-  line-height: 1.15; text-wrap: balance; }
-h2 { font-size: 1.06rem; font-weight: 650; margin: 2.25rem 0 .7rem; }
-h1, b, tbody th, pre, dd { unicode-bidi: isolate; }
-small, .ends { color: var(--muted); font-size: .84rem; font-weight: 400; }
-svg { fill: currentColor; flex: none; height: 1.05em; vertical-align: -.15em; width: 1.05em; }
-.up { color: var(--up); } .down { color: var(--down); } .late { color: var(--late); }
-.pending, .paused, .note { color: var(--muted); }
-.answer { align-items: center; background: var(--is-else); border-radius: 1rem; color: #fff;
-  display: flex; gap: clamp(1rem, 3vw, 1.75rem); padding: clamp(1.25rem, 3vw, 2.25rem); }
-.answer.up { background: var(--is-up); } .answer.down { background: var(--is-down); }
-.answer.late { background: var(--is-late); }
-.answer svg { color: #fff; font-size: clamp(2.5rem, 7vw, 4rem); }
-.answer p { font-size: 1.06rem; margin-top: .4rem; }
-#stale { background: var(--late); border-radius: .5rem; color: var(--paper); font-weight: 600;
-  padding: .2rem .7rem; }
-.card, .notices { background: var(--card); border: 1px solid var(--line); border-radius: .75rem;
-  padding: 1rem; }
-.card + table, .card p + p, pre + p, .figures + dl { margin-top: 1rem; }
-.notices { list-style: none; padding: 0 1rem; }
-.notices li { display: grid; gap: 0 .75rem; grid-template-columns: auto 12rem minmax(0, 1fr);
-  padding: .75rem 0; }
-li + li { border-top: 1px solid var(--line); }
-.notices svg { font-size: 1.2rem; margin-top: .2rem; }
-pre { background: var(--paper); border: 1px solid var(--line); border-radius: .5rem;
-  font: .8125rem/1.5 ui-monospace, monospace; margin-top: .5rem; max-height: 24rem; overflow: auto;
-  padding: .6rem .8rem; user-select: all; white-space: pre-wrap; }
-.bar, .ends { display: flex; gap: 0 1rem; justify-content: space-between; }
-.bar { align-items: end; flex-wrap: wrap; }
-form { align-items: center; display: inline-flex; gap: .5rem; margin: 1rem 1rem 0 0; }
-.bar form { margin: 0 0 .7rem; }
-input, select, button { background: var(--card); border: 1px solid var(--muted);
-  border-radius: .5rem; color: inherit; font: inherit; min-height: 2.5rem; padding: .3rem .8rem; }
-button { cursor: pointer; font-weight: 600; }
-button:hover { background: var(--line); }
-table { background: var(--card); border-radius: .75rem; border-spacing: 0;
-  box-shadow: 0 0 0 1px var(--line); font-size: .9375rem; overflow: hidden; width: 100%; }
-th, td { border-top: 1px solid var(--line); padding: .6rem .75rem; text-align: left; }
-th:first-child { padding-left: 1rem; }
-thead th { border: 0; color: var(--muted); font-size: .8125rem; font-weight: 500; }
-tbody a { text-decoration: none; }
-.rows th svg { margin-right: .6rem; }
-.rows td { white-space: nowrap; }
-.rows td.up, .rows td.down, .rows td.late { font-weight: 600; }
-.past th { font-weight: 400; }
-.past th, .past td { vertical-align: top; }
-.days { display: block; height: auto; width: 359px; }
-.days path { pointer-events: all; stroke: var(--bar); stroke-dasharray: 3 1; stroke-width: 14; }
-.days .down { stroke: var(--down); stroke-width: 20; }
-.days .partly { stroke: var(--partly); stroke-width: 8; }
-.days .unwatched { stroke: var(--muted); stroke-width: 6; }
-.days .none { stroke: var(--muted); stroke-width: 2; }
-.card .days { width: 100%; }
-.beats { border-bottom: 2px solid var(--line); display: block; height: 5rem; width: 100%; }
-.beats path { stroke: currentColor; stroke-width: 4; vector-effect: non-scaling-stroke; }
-.beats .up { color: var(--bar); } .beats .down { stroke-dasharray: 9 4; }
-.ends { margin: .3rem 0 0; }
-dl { display: grid; gap: .3rem 1.25rem; grid-template-columns: auto 1fr; }
-dt { color: var(--muted); }
-dd { grid-column: 2; }
-.figures { gap: .5rem 2.5rem; grid-template-columns: repeat(4, max-content); margin-top: 1rem; }
-.figures div { display: flex; flex-direction: column-reverse; }
-.figures dd { font-size: 1.4rem; font-weight: 600; }
-summary { cursor: pointer; font-weight: 600; }
-td summary { font-weight: 400; }
-details + details { margin-top: .6rem; }
-footer { color: var(--muted); font-size: .8125rem; margin-top: 2.5rem; }
-.sr, svg.sr { clip-path: inset(50%); height: 1px; overflow: hidden;
-  position: absolute; width: 1px; }
-@media (max-width: 62rem) {
-  thead { clip-path: inset(50%); position: absolute; }
-  table, tbody { display: block; }
-  tr { border-top: 1px solid var(--line); display: grid; gap: .15rem .75rem; padding: .7rem 1rem;
-    grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) auto; }
-  tr:first-child { border: 0; }
-  th, td, th:first-child { border: 0; padding: 0; }
-  .rows th { grid-column: 1 / 3; }
-  .rows td:nth-child(2), .rows td:last-child { text-align: right; }
-  .rows td:nth-child(5) { grid-column: 1 / 4; }
-  .past tr { display: flex; flex-wrap: wrap; }
-  .rows td:nth-child(3), .rows td:nth-child(4), .rows td:last-child { color: var(--muted);
-    font-size: .8125rem; grid-row: 3; white-space: normal; }
-  .rows td:nth-child(3)::before { content: "Last "; }
-  .rows td:nth-child(4)::before { content: "Due "; }
-  .rows .days { width: 100%; }
-}
-@media (max-width: 40rem) {
-  .answer { align-items: start; }
-  .figures { grid-template-columns: 1fr 1fr; }
-  .beats path { stroke-width: 2; }
-  .notices li { grid-template-columns: auto minmax(0, 1fr); }
-  .notices div { grid-column: 2; }
-}
-@media (prefers-reduced-motion: no-preference) { .answer { transition: background .3s; } }
-@media print {
-  .answer[class] { background: none; border: 2px solid; }
-  .answer, .answer svg { color: inherit; }
-  form, header, footer, #add, #how { display: none; }
-}
-"""
-
-SCRIPT = """
-(() => {
-const every = 15000, $ = (selector, root = document) => root.querySelector(selector);
-let asked = 0, timer, seen = new Date();
-
-function update(old, now) {  // change only what differs: scroll, focus and open details stay
-  if (old.isEqualNode(now)) return;
-  for (const {name} of [...old.attributes])
-    if (name !== "open" && !now.hasAttribute(name)) old.removeAttribute(name);
-  for (const {name, value} of now.attributes)
-    if (name !== "open" && old.getAttribute(name) !== value) old.setAttribute(name, value);
-  let next = old.firstChild;
-  for (const child of [...now.childNodes]) {
-    const twin = child.id ? document.getElementById(child.id) : next;
-    if (twin?.parentNode === old && twin.nodeName === child.nodeName && twin.id === child.id) {
-      if (twin !== next) old.insertBefore(twin, next);
-      if (child.nodeType === 1) update(twin, child);
-      else if (twin.data !== child.data) twin.data = child.data;
-      next = twin.nextSibling;
-    } else old.insertBefore(child, next);
-  }
-  while (next) { const gone = next; next = next.nextSibling; gone.remove(); }
-}
-
-async function refresh() {
-  clearTimeout(timer);
-  const turn = ++asked, stale = $("#stale");
-  try {
-    const answer = await fetch(location.pathname + location.search,
-      {cache: "no-store", signal: AbortSignal.timeout(10000)});
-    if (!answer.ok) throw answer.status;
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    if (turn !== asked) return;
-    update($("main"), $("main", page));
-    document.title = page.title;
-    $("link[rel=icon]").href = $("link[rel=icon]", page).href;
-    seen = new Date();
-    stale.hidden = true;
-  } catch {
-    if (turn !== asked) return;
-    stale.textContent = `Stale since ${seen.toLocaleTimeString()}: Larm does not answer`;
-    stale.hidden = false;
-  }
-  timer = setTimeout(refresh, every);
-}
-
-document.addEventListener("input", ({target}) => {
-  if (target.id !== "q") return;
-  history.replaceState(null, "", target.value ? "?q=" + encodeURIComponent(target.value) : "?");
-  clearTimeout(timer);
-  timer = setTimeout(refresh, 150);
-});
-document.addEventListener("visibilitychange", () => document.hidden || refresh());
-timer = setTimeout(refresh, every);
-})();
-"""
-
-BADGE_NAME = 40  # characters of a monitor's name
-BADGE_COLOURS = {"up": "#14703a", "late": "#8a5a00", "down": "#b3161f"}
-BADGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{{left + right + 24}}" height="20"
- role="img" aria-label="{{name}}: {{text}}">
-<title>{{name}}: {{text}}</title>
-<clipPath id="rounded"><rect width="{{left + right + 24}}" height="20" rx="3"/></clipPath>
-<g clip-path="url(#rounded)">
-<rect width="{{left + 12}}" height="20" fill="#444"/>
-<rect x="{{left + 12}}" width="{{right + 12}}" height="20" fill="{{colour}}"/>
-</g>
-<g fill="#fff" font-family="Verdana, 'DejaVu Sans', sans-serif" font-size="11">
-<text x="6" y="14" textLength="{{left}}">{{name}}</text>
-<text x="{{left + 18}}" y="14" textLength="{{right}}">{{text}}</text>
-</g>
-</svg>
-"""
-
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-POLICY = (
-    f"default-src 'none'; style-src 'sha256-{_hash(STYLE)}'; script-src 'sha256-{_hash(SCRIPT)}'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-)
-
-HEAD = r"""<!doctype html>
-% def shape(kind):
-<svg class="{{kind}}"><use href="#{{kind}}"/></svg>\\
-% end
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{title}} · Larm</title>
-<link rel="icon" href="{{icon}}">
-<style>{{!style}}</style>
-</head>
-<body>
-<svg class="sr" aria-hidden="true">
-% for kind, path in shapes.items():
-<symbol id="{{kind}}" viewBox="0 0 24 24"><path fill-rule="evenodd" d="{{path}}"/></symbol>
-% end
-</svg>
-<header><nav><a href="{{prefix}}/">Larm</a>
-% if get("viewer"):
-<a href="{{prefix}}/#monitors">Monitors</a> <a href="{{prefix}}/#add">Add a monitor</a>
-% end
-</nav><p id="stale" role="status" hidden></p></header>
-<main>
-<div class="answer {{state}}">
-% shape(state)
-<div><h1 aria-live="polite">{{title}}</h1><p>{{text}}</p></div>
-</div>
-"""
-
-FOOT = """</main>
-<footer><p>Larm {{version}} · times in {{config.timezone}}</p></footer>
-% if script:
-<script>{{!script}}</script>
-% end
-</body>
-</html>
-"""
-
-DASHBOARD = r"""
-% if notices:
-<section id="attention" aria-labelledby="attention-title">
-<h2 id="attention-title">Needs attention</h2>
-<ul class="notices">
-% for one in notices:
-<li>
-% shape(one.kind)
-<b>\\
-% if one.link:
-<a href="{{prefix}}{{one.link}}">{{one.title}}</a>\\
-% else:
-{{one.title}}\\
-% end
-</b><div>{{one.text}}\\
-% if one.code:
-<pre dir="auto">{{one.code}}</pre>\\
-% end
-</div></li>
-% end
-</ul>
-</section>
-% end
-<section id="monitors" aria-labelledby="monitors-title">
-<div class="bar"><h2 id="monitors-title">Monitors</h2>
-% if count >= filter_from:
-<form role="search" action="{{prefix}}/"><label for="q">Filter</label>
-<input id="q" name="q" type="search" value="{{asked}}" autocomplete="off"></form>
-% end
-</div>
-% if rows:
-<table class="rows">
-<thead><tr><th scope="col">Monitor</th><th scope="col">State</th>
-<th scope="col">Last heartbeat</th><th scope="col">Next due</th>
-<th scope="col">90 days, to today</th><th scope="col">Uptime</th></tr></thead>
-<tbody>
-% for one, lasting, bar, uptime in rows:
-% due = ago(one["expected_at"]) if one["expected_at"] else "–"
-<tr id="m-{{one["id"]}}"><th scope="row">\\
-% shape(one["state"])
-<a href="{{prefix}}/monitor/{{one["id"]}}">{{one["name"]}}</a></th>
-<td class="{{one["state"]}}">{{one["state"]}} <small>{{lasting}}</small></td>
-<td>{{ago(one["last_heartbeat_at"])}}</td><td>{{due}}</td><td>{{!bar}}</td>
-<td>{{uptime}}</td></tr>
-% end
-</tbody>
-</table>
-% else:
-<p class="card">No monitor has that in its name, id or state.</p>
-% end
-</section>
-% if viewer:
-<section id="add" aria-labelledby="add-title"><h2 id="add-title">Add a monitor</h2>
-<div class="card">
-<p>Write what you expect into <b>{{config.path}}</b> and save it; Larm applies it within 2 s.</p>
-<pre>[monitors.nightly-backup]
-interval = "1d"
-grace = "30m"</pre>
-<p>Then let the job fetch its monitor's own URL when it is done. Each monitor's page has that URL
-and lines ready to copy for cron, systemd, Python and more.</p>
-<pre>0 3 * * * /usr/local/bin/backup.sh &amp;&amp; {{example}}</pre>
-</div></section>
-% end
-"""
-
-MONITOR = r"""
-% if viewer and monitor["enabled"]:
-% if monitor["state"] == "paused":
-<form method="post" action="{{here}}/resume"><button>Resume</button></form>
-% else:
-<form method="post" action="{{here}}/pause"><button>Pause</button><label class="sr" for="for">for
-</label><select id="for" name="for"><option value="">until resumed</option>
-<option value="1h">for 1 hour</option><option value="1d">for 1 day</option>
-<option value="7d">for 7 days</option></select></form>
-% end
-% end
-% if tested:
-<form method="post" action="{{here}}/test"><button>Send a test alert</button></form>
-% end
-% def how_to_ping():
-<section id="how" aria-labelledby="how-title"><h2 id="how-title">How to ping</h2>
-<div class="card">
-% for number, (where, code) in enumerate(snippets):
-<details id="how-{{number}}"{{" open" if number == 0 else ""}}><summary>{{where}}</summary>
-<pre>{{code}}</pre></details>
-% end
-</div></section>
-% end
-% if viewer and not beats:
-% how_to_ping()
-% end
-<section aria-labelledby="days-title"><h2 id="days-title">The last 90 days</h2>
-<div class="card">{{!bar}}
-<p class="ends"><span>90 days ago</span><span>today</span></p>
-<dl class="figures">
-% for span, figure in monitor["uptime"].items():
-% known = figure is not None and beats
-<div><dt>up of {{span[:-1]}} {{span[-1]}}</dt><dd>{{f"{figure:g} %" if known else "–"}}</dd></div>
-% end
-</dl>
-<dl>
-<dt>Expected</dt><dd>{{rhythm}}</dd>
-% for line in found:
-<dt>Found</dt><dd>{{line}}</dd>
-% end
-% if upcoming:
-<dt>Next</dt><dd>{{", ".join(upcoming)}}</dd>
-% end
-% if viewer and monitor["note"]:
-<dt>Note</dt><dd dir="auto">{{monitor["note"]}}</dd>
-% end
-% if tested:
-<dt>Alerts to</dt>
-% end
-% for channel, test in tested:
-% result = f": test {'sent' if test[1] is None else 'not sent: ' + test[1]}" if test else ""
-<dd>{{channel}}{{result}}</dd>
-% end
-</dl></div></section>
-<section aria-labelledby="runs-title"><h2 id="runs-title">Heartbeats</h2>
-% if not beats:
-<p class="card">None yet.</p>
-% else:
-<div class="card">{{!timeline}}
-<p class="ends"><span>{{far(beats[-1]["at"])}}</span><span>now</span></p></div>
-<table class="past">
-<thead><tr><th scope="col">When</th><th scope="col">What</th>
-% if viewer:
-<th scope="col">From</th><th scope="col">Output</th>
-% end
-</tr></thead>
-<tbody>
-% for run in runs:
-<tr id="h-{{run["id"]}}"><th scope="row">{{moment(run["at"])}}
-<small>{{far(run["at"])}}</small></th>
-<td class="{{signals[run["signal"]]}}">{{describe_beat(run)}}</td>
-% if viewer:
-<td>{{run["sender"] or "–"}} <small>{{run["user_agent"] or ""}}</small></td><td>\\
-% if run["body"]:
-<details><summary>{{counted(len(run["body"].splitlines()), "line")}}</summary>
-<pre dir="auto">{{plain(run["body"])}}</pre></details>\\
-% end
-</td>
-% end
-</tr>
-% end
-</tbody></table>
-% if older:
-<p class="ends"><a href="{{here}}?before={{older}}">Older heartbeats</a></p>
-% end
-% end
-</section>
-<section aria-labelledby="events-title"><h2 id="events-title">Events</h2>
-% if not events:
-<p class="card">It has never been down.</p>
-% else:
-<table class="past">
-<thead><tr><th scope="col">When</th><th scope="col">What</th>
-% if viewer:
-<th scope="col">Who was told</th>
-% end
-</tr></thead>
-<tbody>
-% for event in events:
-<tr id="e-{{event["id"]}}"><th scope="row">{{moment(event["at"])}}
-<small>{{far(event["at"])}}</small></th>
-<td class="{{event["type"]}}">{{event_in_words(event)}}</td>
-% if viewer:
-<td>
-% for one in event["deliveries"]:
-<div>{{one["channel"]}}: {{describe_delivery(one)}}</div>
-% end
-</td>
-% end
-</tr>
-% end
-</tbody></table>
-% end
-</section>
-% if viewer and beats:
-% how_to_ping()
-% end
-"""
-
-
-PAGE_WORDS = {  # what every template may use
-    "style": STYLE, "shapes": SHAPES, "version": __version__, "plain": plain,
-    "describe_beat": describe_beat, "event_in_words": event_in_words, "signals": SIGNAL_CLASSES,
-    "counted": counted,
-}
+        lines = []
+        for family, samples in families.items():
+            name, kind, meaning = family.split(" ", 2)
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+            lines += [f"{name}{rest} {value}" for rest, value in samples.items()]
+        return "\n".join([*lines, ""])
+
+
+def labels(**values: str) -> str:
+    """What stands behind a metric's name: {monitor="backup"}."""
+    escapes = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
+    pairs = [f'{name}="{text.translate(escapes)}"' for name, text in values.items()]
+    return f"{{{','.join(pairs)}}}"
+
+
+def pause_length(value: object) -> int:
+    """Milliseconds of a pause; raises ValueError."""
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value):  # from the command line
+        value = int(value)
+    if not SECOND <= (ms := parse_duration(value)) <= LONGEST:
+        longest = format_duration(LONGEST)
+        raise ValueError(f"{show(value)} is out of range: 1 s to {longest} is allowed")
+    return ms
 
 
 # ======================================================================================
 # Larm: wires the rooms, starts and stops them. The only place that knows them all.
 # ======================================================================================
 
-STOP_WITHIN = 5.0  # seconds, for what is being sent
-LOOK = 0.5  # seconds between two looks at larm.toml; it is read when two of them agree
+SENT_WITHIN = 5.0  # seconds that a stop leaves to what is being sent
+LOOK_EVERY = 0.5  # seconds between two looks at larm.toml; it is read when two of them agree
 
 
 def signature(path: Path) -> tuple[int, ...] | None:
@@ -5289,9 +5497,9 @@ def describe_changes(old: Config, new: Config) -> str:
                 more = f" and {len(names) - 10} more" if len(names) > 10 else ""
                 found.append(f"{what} {change}: {', '.join(names[:10])}{more}")
     found += [
-        f"{setting} changed"
-        for setting in ("url", "timezone", "keep", "password", "public", "watchdog")
-        if getattr(old, setting) != getattr(new, setting)
+        f"{one.name} changed" for one in dataclasses.fields(Config)
+        if one.name not in ("path", "monitors", "channels")
+        and getattr(old, one.name) != getattr(new, one.name)
     ]
     return "; ".join(found) or "no setting changed"
 
@@ -5309,21 +5517,29 @@ def fetch(url: str) -> str | None:
 class Larm:
     """A running Larm: one configuration, one database, one listening address."""
 
-    def __init__(self, config: Config, clock: Clock) -> None:
-        """Opens the database; raises StoreError."""
+    def __init__(
+        self, config: Config, clock: Clock, read: tuple[int, ...] | None = None
+    ) -> None:
+        """Opens the database; raises StoreError. `read`: larm.toml's signature before it was read.
+        """
         self.config = config
         self.clock = clock
-        self.store = Store(config.database)
+        self.store = Store(config.database, clock, prepare)
         self.intake = Intake(self.store, clock)
-        self.watcher = Watcher(self.store, clock, self.intake)
-        self.health = Health(self.store, clock, self.watcher)
+        self.health = Health(self.store, clock)
         self.notifier = Notifier(self.store, clock)
-        self.web = Web(self.store, clock, self.intake, self.watcher, self.notifier)
+        steps = (self.health.check, self.notifier.plan)
+        self.watcher = Watcher(self.store, clock, self.intake, steps)
+        self.web = Web(self.store, clock, self.intake, self.watcher, self.health, self.notifier)
         self._stopping = threading.Event()
-        self._threads: list[threading.Thread] = []
-        self._read = self._seen = signature(config.path)
+        self._threads: dict[str, threading.Thread] = {}
+        self._server: Server | None = None
+        self._seen: tuple[int, ...] | None = None  # of larm.toml, at the last look
+        self._read = read or signature(config.path)
         self.stop_asked = self.reload_asked = False  # signal handlers may set no more than a flag
         self._watched: list[Watched] = []
+        self._failed_from: int | None = None  # monotonic: since when nothing can be written
+        self._warned = False  # of that
 
     def begin(self) -> None:
         """Account for the time since the last run, and put the configuration in force; raises
@@ -5331,28 +5547,27 @@ class Larm:
         """
         self.watcher.begin()
         self.use(self.config)
-        self.health.note_file(())
 
     def use(self, config: Config) -> None:
         """Put a configuration in force; raises Unrecordable."""
-        now = self.clock.now()
+        now, old = self.clock.now(), self.config
 
-        def put(db: sqlite3.Connection) -> list[Watched]:
-            watched = adopt(db, config.monitors.values(), now)
+        def put(db: sqlite3.Connection) -> None:
+            before = self._watched
+            self.store.after_rollback.append(lambda: take_over(before, old))
+            take_over(adopt(db, config, now), config)
+            retry_channels(db, [name for name, urls in config.channels.items()
+                                if old.channels.get(name, urls) != urls], now)
+
+        def take_over(watched: list[Watched], config: Config) -> None:
+            self.config, self._watched = config, watched
             self.intake.use(watched)
             self.watcher.use(watched, config.keep)
-            return watched
+            self.health.use(config)
+            self.notifier.use(config, watched)
+            self.web.use(config)
 
-        try:
-            self._watched = self.store.write(put)
-        except BaseException:  # not on disk, not in force
-            self.intake.use(self._watched)
-            self.watcher.use(self._watched, self.config.keep)
-            raise
-        self.config = config
-        self.health.use(config)
-        self.notifier.use(config)
-        self.web.use(config)
+        self.store.submit(put).result(-1)
 
     def reload_if_saved(self) -> None:
         """Apply larm.toml if it was saved or if a reload was asked for: whole, or not at all."""
@@ -5362,22 +5577,21 @@ class Larm:
             return
         self.reload_asked = False
         self._read = found
+        old = self.config
         try:
-            config = load(self.config.path, os.environ, accepts)
+            config = load(old.path, os.environ, accepts)
         except ConfigError as error:
-            if error.mistakes != self.web.mistakes:
+            if error.mistakes != self.health.mistakes:
                 for mistake in error.mistakes[:20]:
                     log.error("%s; the last good configuration stays in force", mistake)
-            self.web.mistakes = error.mistakes
             self.health.note_file(error.mistakes)
             return
-        self.web.mistakes = ()
-        old = self.config
-        fixed = {name: getattr(old, name) for name in ("host", "port", "database")}
-        if config.url == default_url(config.host, config.port):
-            fixed["url"] = old.url
+        self.health.note_file(())
+        fixed: dict[str, Any] = {name: getattr(old, name) for name in ("listen", "database")}
         if any(getattr(config, name) != value for name, value in fixed.items()):
             log.warning("%s: listen and database take effect with a restart of Larm", config.path)
+            if config.url == default_url(*config.listen):
+                fixed["url"] = default_url(*old.listen)
             config = dataclasses.replace(config, **fixed)
         try:
             self.use(config)
@@ -5386,67 +5600,62 @@ class Larm:
             return
         log.info("%s applied: %s", config.path, describe_changes(old, config))
         warn_of(config)
-        self.health.note_file(())
 
     def listen(self) -> None:
         """Bind the address; raises OSError."""
-        import waitress
-
         logging.getLogger("waitress").setLevel(logging.CRITICAL)  # it logs what clients do wrong
-        self._sockets: dict[int, Any] = {}
-        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host or "*"
-        self._server = waitress.create_server(
-            self.web,
-            map=self._sockets,
-            listen=f"{host}:{self.config.port}",
-            threads=THREADS,
-            ident="Larm",
-            max_request_body_size=BODY_LIMIT + 1,  # Waitress refuses from this size on
-            max_request_header_size=65_536,
-            connection_limit=CONNECTIONS,
-            channel_timeout=20,
-            cleanup_interval=5,
-            clear_untrusted_proxy_headers=False,  # they tell who does not come from this machine
+        self._server = Server(
+            self.web, self.web.take, PingAnswer(self.clock, None), self.config.listen,
+            self.clock.monotonic,
         )
-        waiting = self._server.task_dispatcher.queue
-        self.watcher.is_backlogged = lambda: (
-            bool(waiting) or len(self._sockets) >= CONNECTIONS
-        )
+        self.store.wake = self._server.wake
 
     def run(self) -> str | None:
         """Serve until a stop is asked for; returns why it ended otherwise."""
-        rooms = {"watcher": self._watch, "server": self._server.run, "watchdog": self._feed}
-        for name, target in rooms.items():
-            thread = threading.Thread(target=target, name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        assert self._server is not None
+        server = self._server
+        self.watcher.caught_up = lambda: server.caught_up
+        for name, target in {"server": server.run, "watcher": self._watch,
+                             "watchdog": self._feed}.items():
+            self._threads[name] = threading.Thread(target=target, name=name, daemon=True)
+            self._threads[name].start()
+        self._threads["writer"] = self.store.thread
         while not self.stop_asked:
-            self._stopping.wait(LOOK)
+            self._stopping.wait(LOOK_EVERY)
             try:
                 self.reload_if_saved()
             except Exception as error:
                 log.error("%s was not applied: %s: %s", self.config.path,
                           type(error).__name__, error)
-            for thread in self._threads:
+            for name, thread in self._threads.items():
                 if not thread.is_alive():
-                    return f"the {thread.name} thread ended"
-            if not self.store.writer_is_alive():
-                return "the writer thread ended"
+                    return f"the {name} thread ended"
         return None
+
+    def tick(self, planned: int) -> int:
+        """A step of the watcher, as Watcher.tick(); then send what is due."""
+        try:
+            planned = self.watcher.tick(planned)
+            self._failed_from, self._warned = None, False
+            return planned
+        except Unrecordable as error:
+            self._failed_from = self._failed_from or self.clock.monotonic()
+            long = self.clock.monotonic() - self._failed_from >= UNRECORDED_FOR
+            if long and not self._warned:
+                self._warned = True
+                text = f"heartbeats can't be recorded: {error}; pings get 503 till then"
+                self.notifier.warn(text, lambda: self._failed_from is None)
+            raise
+        finally:
+            self.notifier.deliver()
 
     def _watch(self) -> None:
         planned, failed = 0, ""
         while not self._stopping.wait(planned / SECOND):
             try:
-                planned = self.watcher.tick(planned)
-                self.health.note_recording(None)
-                self.health.check()
-                self.notifier.deliver_due()
-                failed = ""
-            except Unrecordable as error:  # the writer says so in the log, once
+                planned, failed = self.tick(planned), ""
+            except Unrecordable:  # the writer says so in the log, once
                 planned = TICK
-                if urgent := self.health.note_recording(str(error)):
-                    self.notifier.warn(urgent, lambda: self.store.failure is None)
             except Exception as error:
                 planned, before = TICK, failed
                 failed = f"{type(error).__name__}: {error}"
@@ -5484,334 +5693,15 @@ class Larm:
         That Larm was alive is written once it takes no more pings: from then on time stands still.
         """
         self._stopping.set()
-        end = time.monotonic() + STOP_WITHIN
-        self._server.task_dispatcher.shutdown(cancel_pending=False, timeout=STOP_WITHIN / 2)
-        for thread in self._threads:
-            if thread.name == "watcher":
-                thread.join(1)
+        end = time.monotonic() + SENT_WITHIN
+        if self._server is not None:
+            self._server.close()
+            self._threads["server"].join(3)
+        if "watcher" in self._threads:
+            self._threads["watcher"].join(1)
         self.watcher.end()
         self.notifier.stop(max(0.0, end - time.monotonic()))
         self.store.close()
-
-
-# ======================================================================================
-# Job wrapper: runs a command as if it stood alone, and reports on it. Needs no package.
-# ======================================================================================
-
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-TRY_WITHIN = 10  # seconds that Larm has to answer a ping
-TRY_AGAIN_AFTER = (1, 5)  # seconds; a Retry-After counts instead, up to LONGEST_PAUSE
-LONGEST_PAUSE = 10
-REPORT_WITHIN = 75  # seconds after the job's end; three tries of two pings that all hang take 72
-HURRY = 2  # seconds left for reporting once a signal says that run shall end, too
-SILENCE = 1  # second without output, after the job's end, in which its children are given up
-CHATTER = 5  # seconds after the job's end in which they are given up even if they print on
-CHUNK = 65_536  # bytes read at a time: what a pipe holds
-
-
-class Unreported(Exception):
-    """Why Larm could not be told; shows neither URL nor token (law 9)."""
-
-
-def say(text: str) -> None:
-    """A line on stderr, which may be closed or on a full disk."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"larm.py run: {text}\n".encode(errors="replace"))
-
-
-def ping(url: str, body: bytes) -> str | None:
-    """Post to a ping URL, three times if need be; why it failed, or None if it arrived."""
-    import http.client
-    import urllib.error
-    import urllib.request
-
-    opener = urllib.request.OpenerDirector()  # without redirects, which would lose the body
-    opener.add_handler(urllib.request.ProxyHandler())
-    if url.lower().startswith("https:"):  # otherwise not, for it loads all the certificates
-        opener.add_handler(urllib.request.HTTPSHandler())
-    opener.add_handler(urllib.request.HTTPHandler())
-    opener.add_handler(urllib.request.HTTPErrorProcessor())
-    opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
-    headers = {"User-Agent": f"larm.py run/{__version__}", "Content-Type": "text/plain"}
-    reason = ""
-    for pause in (*TRY_AGAIN_AFTER, 0):
-        try:
-            opener.open(urllib.request.Request(url, body, headers), timeout=TRY_WITHIN).close()
-            return None
-        except urllib.error.HTTPError as error:
-            reason = f"HTTP status {error.code}"
-            retry_after = error.headers.get("Retry-After", "")
-            if pause and retry_after.isdecimal():
-                pause = min(int(retry_after), LONGEST_PAUSE)
-            error.close()
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            cause = error.reason if isinstance(error, urllib.error.URLError) else error
-            if isinstance(cause, TimeoutError):
-                reason = f"no answer within {TRY_WITHIN} s"
-            else:  # only strerror is sure not to show the URL
-                reason = getattr(cause, "strerror", None) or type(error).__name__
-        time.sleep(pause)
-    return reason
-
-
-class Reporter:
-    """Tells Larm of a job's start and end, in this order, from a thread of its own, so that the job
-    waits for nothing: `find_url` (which may raise Unreported) is called there, too.
-    """
-
-    def __init__(self, find_url: Callable[[], str]) -> None:
-        self.finished = threading.Event()
-        self.complaint: str | None = "not reported: Larm has not answered in time"
-        self._find_url = find_url
-        self._ended: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
-        threading.Thread(target=self._report, name="reporter", daemon=True).start()
-
-    def end(self, status: int, output: bytes) -> None:
-        """Report the job's end, and return when that is done or REPORT_WITHIN is over."""
-        self._ended.put((status, output))
-        self.finished.wait(REPORT_WITHIN)
-
-    def _report(self) -> None:
-        try:
-            url, rid = self._find_url(), secrets.token_hex(8)
-            reasons = {"start": ping(f"{url}/start?rid={rid}", b"")}
-            status, output = self._ended.get()
-            reasons["end"] = ping(f"{url}/{status}?rid={rid}", output)
-            missed = [name for name, reason in reasons.items() if reason]
-            last = reasons["end"] or reasons["start"]
-            self.complaint = f"{' and '.join(missed)} not reported: {last}" if missed else None
-        except Unreported as error:
-            self.complaint = f"not reported: {error}"
-        except Exception as error:  # whatever it is, the job's result is the job's
-            self.complaint = f"not reported: {type(error).__name__}"
-        self.finished.set()
-
-
-@dataclass
-class Tap:
-    """An output stream on its way through: the job writes to `theirs`, we read from `ours`."""
-
-    sinks: list[int]  # 1, 2 or both
-    ours: int
-    theirs: int
-    terminal: bool
-
-
-def open_taps() -> list[Tap]:
-    """One for stdout and one for stderr; one for both where they are the same file, so that what
-    is written to it keeps its order.
-
-    A terminal is replaced by another one, of the same size and settings, so that a job shows its
-    progress as ever. The bytes pass the new one unchanged; the old one does what terminals do.
-    """
-    taps: dict[tuple[int, int], Tap] = {}
-    for sink in (1, 2):
-        info = os.fstat(sink)
-        file = (info.st_dev, info.st_ino or -sink)  # macOS numbers no pipe: 0 tells nothing
-        if file in taps:
-            taps[file].sinks.append(sink)
-            continue
-        if os.isatty(sink):
-            with contextlib.suppress(OSError, termios.error):  # no pty left: it gets a pipe
-                ours, theirs = os.openpty()
-                attributes = termios.tcgetattr(sink)
-                attributes[1] &= ~termios.OPOST  # "\n" becomes "\r\n" once, not twice
-                termios.tcsetattr(theirs, termios.TCSANOW, attributes)
-                termios.tcsetwinsize(theirs, termios.tcgetwinsize(sink))
-                taps[file] = Tap([sink], ours, theirs, True)
-                continue
-        taps[file] = Tap([sink], *os.pipe(), False)
-    return list(taps.values())
-
-
-def spawn(command: list[str], taps: Sequence[Tap], mask: Iterable[int]) -> int:
-    """Start a command with its output going to the taps; its process id. Raises OSError.
-
-    Everything else is as if it were started without us: stdin, other open files, process group
-    and terminal, signals. LARM_URL is ours, and a secret: the job's environment does not have it.
-    """
-    environ = {name: value for name, value in os.environ.items() if name != "LARM_URL"}
-    streams = [(os.POSIX_SPAWN_DUP2, tap.theirs, sink) for tap in taps for sink in tap.sinks]
-    try:
-        return os.posix_spawnp(
-            command[0], command, environ, file_actions=streams, setsigmask=mask,
-            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores
-        )
-    except OSError as error:
-        import shutil
-
-        path = shutil.which(command[0])
-        if error.errno != errno.ENOEXEC or path is None:
-            raise
-        return spawn(["/bin/sh", path, *command[1:]], taps, mask)  # no #!: as a shell does it
-
-
-class Job:
-    """A command that runs, or could not be started."""
-
-    def __init__(self, command: list[str], mask: Iterable[int]) -> None:
-        self.status = 0
-        self.output = bytearray()  # the last of it; at least BODY_KEPT bytes if there are
-        self._lost: OSError | None = None  # why output could not be passed on
-        self._taps = open_taps()
-        self._sources = {tap.ours: tap for tap in self._taps}
-        self._pid: int | None = None
-        try:
-            self._pid = spawn(command, self._taps, mask)
-        except OSError as error:
-            self.status = 127 if error.errno == errno.ENOENT else 126
-            self._say(f"{command[0]}: {error.strerror}")
-
-    def _say(self, text: str) -> None:
-        say(text)
-        self.output += f"larm.py run: {text}\n".encode(errors="replace")
-
-    def follow(self) -> None:
-        """Pass on what the job prints, to its end."""
-        if self._pid is None:
-            return
-        ended, ending = os.pipe()
-        copying = threading.Thread(target=self._copy, args=(ended,), name="copying", daemon=True)
-        copying.start()
-        code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        self._pid = None
-        self.status = code if code >= 0 else 128 - code
-        os.close(ending)
-        # A reader may take its time, but where the job was killed, its exit must not wait for it.
-        copying.join(CHATTER + HURRY if code < 0 else None)
-        if self._lost:
-            self._say(f"the job's output could not be written: {self._lost.strerror}")
-            self.status = self.status or 1
-
-    def _copy(self, ended: int) -> None:
-        while True:
-            ready = select.select([*self._sources, ended], [], [])[0]
-            if ended in ready:
-                break
-            self._pass_on(ready)
-        for tap in self._taps:  # not before: macOS forgets what a closed terminal has not read
-            os.close(tap.theirs)
-        self._drain()
-
-    def _drain(self) -> None:
-        """Pass on what was under way when the job ended, and for a short time what its children
-        print, which may run on for as long as they like.
-        """
-        owed = 0
-        for source in self._sources:
-            with contextlib.suppress(OSError):
-                readable = fcntl.ioctl(source, termios.FIONREAD, bytes(4))
-                owed += int.from_bytes(readable, sys.byteorder)
-        end = time.monotonic() + CHATTER
-        while self._sources and (owed > 0 or time.monotonic() < end):
-            ready = select.select([*self._sources], [], [], SILENCE)[0]
-            if not ready:
-                break
-            owed -= self._pass_on(ready)
-
-    def _pass_on(self, ready: Iterable[int]) -> int:
-        """The number of bytes passed on."""
-        count = 0
-        for source in ready:
-            tap = self._sources[source]
-            try:
-                data = os.read(source, CHUNK)
-            except OSError:  # Linux's way to say that nobody has the other end any more
-                data = b""
-            count += len(data)
-            self.output += data
-            if len(self.output) > BODY_KEPT + CHUNK:
-                del self.output[:-BODY_KEPT]
-            try:
-                write_all(tap.sinks[0], data)
-            except OSError as error:
-                data = b""  # the job's next write must fail as it would without us
-                # A reader that has had enough and a terminal that was closed are no failures;
-                # output that is not in its file although the job believes it to be is one.
-                if error.errno != errno.EPIPE and not tap.terminal:
-                    self._lost = error
-            if not data:
-                os.close(source)
-                del self._sources[source]
-        return count
-
-    def send_signal(self, number: int) -> bool:
-        """Whether the job was still there."""
-        if (pid := self._pid) is None:
-            return False
-        with contextlib.suppress(OSError):  # it ended a moment ago, or has become another user's
-            os.kill(pid, number)
-        return True
-
-    def resize(self) -> None:
-        """Give the job's terminal our terminal's new size."""
-        with contextlib.suppress(OSError, termios.error):
-            for tap in self._taps:
-                size = termios.tcgetwinsize(tap.sinks[0]) if tap.terminal else None
-                if size and size != termios.tcgetwinsize(tap.ours):
-                    termios.tcsetwinsize(tap.ours, size)
-                    os.kill(0, signal.SIGWINCH)  # the job had its own before the size was there
-
-
-def write_all(sink: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        try:
-            rest = rest[os.write(sink, rest) :]
-        except BlockingIOError:  # whoever started us shares a stream that does not block
-            select.select([], [sink], [])
-
-
-def next_signal(waited: Iterable[int]) -> tuple[int, bool]:
-    """The next signal, and whether it is a key's, such as Ctrl-C: the job has had those, too."""
-    if hasattr(signal, "sigwaitinfo"):
-        info = signal.sigwaitinfo(waited)
-        number, typed = info.si_signo, info.si_code > 0  # sent by the kernel, not by a process
-    else:  # macOS does not say who sent it
-        number = signal.sigwait(waited)
-        typed = os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp()
-    return number, typed and number in (signal.SIGINT, signal.SIGQUIT)
-
-
-def pass_signals(job: Job, reporter: Reporter, waited: Iterable[int]) -> NoReturn:
-    """Pass signals on to the job; after its end one means that run shall end soon, too."""
-    while True:
-        number, typed = next_signal(waited)
-        if number == signal.SIGWINCH:
-            job.resize()
-        elif not job.send_signal(0 if typed else number) and not reporter.finished.wait(HURRY):
-            say(f"{reporter.complaint}")
-            os._exit(job.status)  # whatever it is that takes so long
-
-
-def run_job(command: list[str], find_url: Callable[[], str]) -> int:
-    """Run a command as if it stood alone, tell Larm of its start and end; its exit status.
-
-    A command that can't be started is a failure with status 127 (not found) or 126. Where output
-    could not be passed on (a full disk), a status of 0 becomes 1: the job does not know. Larm
-    delays the exit by at most REPORT_WITHIN, a signal meanwhile shortens that to HURRY.
-    A child that outlives the job delays it by SILENCE or CHATTER; it loses its output's reader.
-    """
-    for stream in (0, 1, 2):
-        try:
-            os.fstat(stream)
-        except OSError:  # it is closed, and what is opened next would take its place
-            os.open(os.devnull, os.O_RDWR)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would hide how the job ended
-    signal.signal(signal.SIGWINCH, lambda *_: None)  # macOS drops it otherwise
-    heeded = [number for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]
-    waited = {*heeded, signal.SIGWINCH}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited)  # a thread waits for them
-    job = Job(command, mask)
-    reporter = Reporter(find_url)
-    threading.Thread(
-        target=pass_signals, args=(job, reporter, waited), name="signals", daemon=True
-    ).start()
-    job.follow()
-    reporter.end(job.status, bytes(job.output[-BODY_KEPT:]))
-    if reporter.complaint:
-        say(reporter.complaint)
-    return job.status
 
 
 # ======================================================================================
@@ -5850,38 +5740,44 @@ class Arguments(argparse.ArgumentParser):
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     config = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     config.add_argument("-c", "--config", metavar="FILE", type=Path,
-                        help="the configuration (default: ./larm.toml)")
+                        help="default: ./larm.toml, else the one beside larm.py")
     parser: argparse.ArgumentParser = Arguments(
         prog="larm.py",
         parents=[config],
         description="Larm tells you when a job did not run.",
-        epilog="Without -c and without a ./larm.toml, Larm writes a starter and runs it.",
+        epilog="Where there is no larm.toml, Larm writes a starter and runs it.",
     )
     parser.add_argument("--version", action="version", version=f"Larm {__version__}")
     parser.set_defaults(verb=serve)
     verbs = parser.add_subparsers(metavar="VERB")
 
-    def verb(run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(run.__name__, help=text, description=text, parents=[config])
-        added.set_defaults(verb=run)
+    def verb(
+        name: str, run: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text, parents=[config])
+        added.set_defaults(verb=run, name=name, duration=None)
         return added
 
-    verb(serve, "run Larm (the default)")
-    verb(check, "read the configuration; print each mistake, or a summary")
-    added = verb(status, "show the monitors and their states")
+    verb("serve", serve, "run Larm (the default)")
+    verb("check", check, "read the configuration; print each mistake, or a summary")
+    added = verb("status", status, "show the monitors and their states")
     added.add_argument("keys", metavar="KEY", nargs="*", help="only these monitors")
     added.add_argument("--json", action="store_true", help="print JSON")
-    added = verb(pause, "stop watching a monitor, for a time or until resumed")
+    added = verb("pause", change_watching, "stop watching a monitor, for a time or until resumed")
     added.add_argument("key", metavar="KEY")
     added.add_argument("duration", metavar="DURATION", nargs="?", help='such as "2h"')
-    added = verb(resume, "watch a paused monitor again")
+    added = verb("resume", change_watching, "watch a paused monitor again")
     added.add_argument("key", metavar="KEY")
-    added = verb(run, "run a job and report on it: its start, its exit status, its last output")
+    added = verb("add", add, "append a monitor to larm.toml")
+    added.add_argument("key", metavar="KEY")
+    added.add_argument("due", metavar="INTERVAL|SCHEDULE", nargs="+",
+                       help='such as 1d, 15m, "0 3 * * *" or @daily')
+    added = verb("run", run, "run a job and report its start, exit status and last output")
     added.usage = "larm.py run [-c FILE] [--url URL | KEY] [--] COMMAND [ARG...]"
     added.epilog = split_words.__doc__
     added.add_argument("--url", help="the ping URL; or set LARM_URL, which ps does not show")
     added.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    added = verb(test, "send a test alert")
+    added = verb("test", test, "send a test alert")
     added.add_argument("channels", metavar="CHANNEL", nargs="*", help="only these channels")
     return parser.parse_args(argv)
 
@@ -5889,31 +5785,50 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 class Unset(dict[str, str]):
     """An environment in which no variable is missing, for verbs that need none of the secrets."""
 
+    missing = "variable-is-not-set-here"
+
     def __missing__(self, name: str) -> str:
-        return f"{name}-is-not-set-here"
+        return self.missing + secrets.token_hex(8)  # no two tokens are the same
 
 
-def read_config(arguments: argparse.Namespace, accepts: Accepts | None = None) -> Config:
+def find_file(arguments: argparse.Namespace) -> Path:
+    """The configuration: that of -c, else ./larm.toml, else the one beside larm.py (cron starts
+    at home)."""
+    here, beside = Path("larm.toml"), Path(__file__).with_name("larm.toml")
+    path: Path = getattr(arguments, "config", here if here.exists() or not beside.exists()
+                         else beside)
+    return path
+
+
+def read_config(
+    arguments: argparse.Namespace, accepts: Callable[[str], str | None] | None = None
+) -> Config:
     """The configuration; `accepts`: only where the channels are used. Raises UserError."""
-    path: Path = getattr(arguments, "config", Path("larm.toml"))
     try:
-        return load(path.absolute(), os.environ if accepts else Unset(os.environ), accepts)
+        environ = os.environ if accepts else Unset(os.environ)
+        return load(find_file(arguments).absolute(), environ, accepts)
     except ConfigError as error:
         raise UserError(str(error), UNUSABLE if error.missing else BAD_NEWS) from None
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Run Larm until it is told to stop."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
-    if not hasattr(arguments, "config") and not Path("larm.toml").exists():
+    flags = {"stop": False, "reload": False}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: flags.update(stop=True))
+    signal.signal(signal.SIGHUP, lambda *_: flags.update(reload=True))
+    path = find_file(arguments).absolute()
+    if not hasattr(arguments, "config") and not path.exists():
         try:
-            Path("larm.toml").write_text(STARTER)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(STARTER)
         except OSError as error:
-            raise UserError(f"larm.toml: can't be written: {error.strerror}", BAD_NEWS) from None
+            raise UserError(f"{path}: can't be written: {error.strerror}", BAD_NEWS) from None
         log.info("wrote larm.toml with a first monitor: edit it; what you save is applied")
+    read = signature(path)
     config = read_config(arguments, accepts)
     try:
-        larm = Larm(config, Clock())
+        larm = Larm(config, Clock(), read)
     except StoreError as error:
         raise UserError(str(error), BAD_NEWS) from None
     try:
@@ -5921,48 +5836,48 @@ def serve(arguments: argparse.Namespace) -> int:
         larm.begin()
     except Unrecordable as error:
         raise UserError(f"{config.database}: can't be written: {error}", BAD_NEWS) from None
-    except (OSError, ValueError) as error:  # Waitress raises ValueError for an unknown name
+    except OSError as error:
         larm.store.close()
-        reason = error.strerror if isinstance(error, OSError) else "no such address here"
         raise UserError(
-            f"{config.path}: listen: {config.host or '*'}:{config.port} can't be used: {reason}; "
-            "stop what uses it, or set another address or port",
+            f"{path}: listen: {config.listen[0] or '*'}:{config.listen[1]} can't be used: "
+            f"{error.strerror or error}; stop what uses it, or set another address or port",
             BAD_NEWS,
         ) from None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(larm, "stop_asked", True))
     signal.signal(signal.SIGHUP, lambda *_: setattr(larm, "reload_asked", True))
+    larm.stop_asked |= flags["stop"]
+    larm.reload_asked |= flags["reload"]
     announce(larm)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), (
         contextlib.redirect_stderr(nowhere)  # a plugin of Apprise's may print; the log has its own
     ):
         reason = larm.run()
+        if reason:
+            log.error("Larm ends: %s", reason)
         larm.close()
-    if reason:
-        log.error("Larm ends: %s", reason)
-    else:
-        log.info("Larm has stopped")
+    log.info("Larm has stopped")
     logging.shutdown()
     os._exit(BAD_NEWS if reason else DONE)  # a sender that hangs must not hold the exit
 
 
 def announce(larm: Larm) -> None:
     """Say what runs; on a terminal also how to ping what was never pinged (law 9)."""
-    config = larm.config
+    config, now = larm.config, larm.clock.now()
     log.info("Larm %s, configuration %s, database %s", __version__, config.path, config.database)
     log.info("dashboard %s/ (%s, %s)", config.url,
              counted(len(config.monitors), "monitor"), counted(len(config.channels), "channel"))
-    if larm.clock.now() < SANE:
+    if now < SANE:
         log.warning("the clock says %s: nobody is alerted until it is set",
-                    iso_local(larm.clock.now(), config.timezone))
+                    iso_local(now, config.timezone))
     warn_of(config)
     if sys.stderr.isatty():
         with larm.store.reading() as db:
-            monitors = describe_monitors(db, config, larm.clock.now())
-        for monitor in monitors:
-            if monitor["state"] == "pending":
-                print(f"{monitor['name']} has never been pinged. Add to its job:\n"
-                      f"  {ping_command(monitor['ping_url'])}", file=sys.stderr)
+            views = read_views(db, config, now, history=False)
+        for view in views:
+            if view.state == "pending" and view.token:
+                print(f"{view.monitor.name} has never been pinged. Add to its job:\n"
+                      f"  {ping_command(config.ping_url(view.token))}", file=sys.stderr)
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -5978,73 +5893,112 @@ def status(arguments: argparse.Namespace) -> int:
     """Show the monitors, from the database, whether or not Larm runs."""
     config = read_config(arguments)
     keys = [require_monitor(config, key).key for key in arguments.keys] or None
-    clock = Clock()
+    now, zone = Clock().now(), config.timezone
     try:
         with contextlib.ExitStack() as stack:
             db = None
             if config.database.exists():
                 db = stack.enter_context(contextlib.closing(connect(config.database, True)))
-                schema_version(db)
-            chosen = describe_monitors(db, config, clock.now(), keys)
-            rows = read_monitors(db) if db else {}
+                if schema_version(db) < SCHEMA_VERSION:
+                    raise ValueError("an older Larm wrote it: start Larm once")
+            views = read_views(db, config, now, keys)
+            known = read_monitors(db) if db else {}
             channels = read_channels(db) if db else {}
-            seen = {
-                key: recent_heartbeats(db, rows[key]["id"], BODIES_KEPT)
-                for key in keys or () if db and key in rows
-            }
+            beats = {key: list_heartbeats(db, known[key]["id"], BEATS_READ)
+                     for key in keys or () if db and key in known}
     except (sqlite3.Error, ValueError) as error:
         raise UserError(f"{config.database}: can't be read: {error}", BAD_NEWS) from None
+    is_running, tick = running_process(config.database)
+    if not is_running:
+        since = f" since {iso_local(tick, zone)[:19]}" if tick else ""
+        print(f"Larm is not running{since}: nobody watches", file=sys.stderr)
     if arguments.json:
-        print(json.dumps({"data": chosen}, indent=2))
+        print(json.dumps({"data": [hide_unset(view).to_json(config, True) for view in views]},
+                         indent=2))
         return DONE
-    moment = functools.partial(_moment, zone=config.timezone, now=clock.now())
+
+    def moment(at: int | None) -> str:
+        return "–" if at is None else f"{iso_local(at, zone)[:19]} ({far_from(at, now)})"
+
     lines = [("MONITOR", "STATE", "SINCE", "LAST HEARTBEAT", "NEXT DUE", "PING URL")]
-    for one in chosen:
-        times = [moment(one[name]) for name in ("since", "last_heartbeat_at", "expected_at")]
-        url = one["ping_url"] or "(made when Larm first runs)"
-        lines.append((one["id"], one["state"], times[0], times[1], times[2], url))
+    for view in map(hide_unset, views):
+        missing = "(its token is not set here)" if view.monitor.token else \
+            "(made when Larm first runs)"
+        url = config.ping_url(view.token) if view.token else missing
+        lines.append((view.monitor.key, view.state, moment(view.since), moment(view.received_at),
+                      moment(view.expected_at), url))
     print_table(lines)
-    for monitor in (config.monitors[one["id"]] for one in chosen):
-        if moments := upcoming(monitor, config.timezone, clock.now()):
-            print(f"{monitor.key}: {describe_rhythm(monitor)}; next {', '.join(moments)}")
-        for line in rhythm(monitor, seen.get(monitor.key, ())).lines():
-            print(f"{monitor.key}: {line}")
+    for view in views:
+        key, monitor = view.monitor.key, view.monitor
+        if monitor.schedule:
+            upcoming = [iso_local(at, zone) for at in monitor.schedule.next_after(now, 3)]
+            print(f"{key}: {describe_rhythm(monitor)}; next {', '.join(upcoming)}")
+        rhythm = read_rhythm(monitor, beats.get(key, ()))
+        for what, found in (("heartbeats come every", rhythm.apart), ("runs take", rhythm.lasted),
+                            ("advice:", rhythm.advice)):
+            if found is not None:
+                print(f"{key}: {what} {found}")
     for name in config.channels if not keys else ():
-        said = describe_channel(channels.get(name), config.timezone, clock.now())
-        print(f"channel {name}: {said}")
+        print(f"channel {name}: {describe_channel(channels.get(name), zone, now)}")
     return DONE
 
 
-def pause(arguments: argparse.Namespace) -> int:
-    """Stop watching a monitor, whether or not Larm runs."""
+def hide_unset(view: View) -> View:
+    """Without a token that only stands for one whose variable is not set here."""
+    made_up = (view.token or "").startswith(Unset.missing)
+    return dataclasses.replace(view, token=None) if made_up else view
+
+
+def change_watching(arguments: argparse.Namespace) -> int:
+    """Pause a monitor, or resume it, whether or not Larm runs."""
     try:
         span = None if arguments.duration is None else pause_length(arguments.duration)
     except ValueError as error:
         raise UserError(f"larm.py: {error}", UNUSABLE) from None
-    return change_watching(arguments, "pause", span)
-
-
-def resume(arguments: argparse.Namespace) -> int:
-    """Watch a paused monitor again, whether or not Larm runs."""
-    return change_watching(arguments, "resume", None)
-
-
-def change_watching(arguments: argparse.Namespace, verb: str, span: int | None) -> int:
     config = read_config(arguments)
-    monitor = require_monitor(config, arguments.key)
+    monitor, now = require_monitor(config, arguments.key), Clock().now()
     try:
         if not config.database.exists():
             raise ValueError("Larm has not run with it yet: start Larm once")
         with contextlib.closing(connect(config.database, readonly=False)) as db:
-            schema_version(db)
+            if schema_version(db) < SCHEMA_VERSION:
+                raise ValueError("an older Larm wrote its database: start Larm once")
             db.execute("BEGIN IMMEDIATE")
-            pause_or_resume(db, monitor, verb, span, Clock().now())
+            pause_or_resume(db, monitor, arguments.name, span, now)
             db.execute("COMMIT")
     except (sqlite3.Error, ValueError) as error:
         what = config.path if isinstance(error, ValueError) else config.database
         raise UserError(f"{what}: {error}", BAD_NEWS) from None
     until = f" for {format_duration(span)}" if span else ""
-    print(f"{monitor.key}: paused{until}" if verb == "pause" else f"{monitor.key}: watched")
+    print(f"{monitor.key}: paused{until}" if arguments.name == "pause"
+          else f"{monitor.key}: watched")
+    return DONE
+
+
+def add(arguments: argparse.Namespace) -> int:
+    """Append a monitor to larm.toml, and print the line for its job."""
+    path, key = find_file(arguments).absolute(), arguments.key
+    value = " ".join(arguments.due)
+    kind = "schedule" if value.startswith("@") or len(value.split()) > 2 else "interval"
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "r+", encoding="utf-8", newline=""))
+            fcntl.flock(file, fcntl.LOCK_EX)  # of two at once each sees what the other has added
+            text = file.read()
+            end = "\r\n" if "\r\n" in text else "\n"
+            table = [f"[monitors.{key}]", f"{kind} = {json.dumps(value, ensure_ascii=False)}"]
+            added = ("" if not text or text.endswith("\n") else end) + end.join(["", *table, ""])
+            draft = Path(stack.enter_context(tempfile.TemporaryDirectory()), path.name)
+            draft.write_text(text + added, encoding="utf-8", newline="")
+            config = load(draft, Unset(os.environ), None)
+            file.write(added)
+        except ConfigError as error:
+            own = [one.replace(str(draft), str(path)) for one in error.mistakes]
+            raise UserError("\n".join([*own, f"{path}: nothing was added"]), BAD_NEWS) from None
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}; nothing was added", UNUSABLE) from None
+    print(f"{path}: added monitors.{key}, {describe_rhythm(config.monitors[key])}. Add to its job:")
+    print(f"  {sys.executable} {Path(__file__).absolute()} run {key} -- COMMAND")
     return DONE
 
 
@@ -6053,60 +6007,63 @@ def run(arguments: argparse.Namespace) -> int:
 
     A mistake in what to report to is said, and does not keep the job from running.
     """
-    key, command = split_words(arguments.words, arguments.url is not None)
+    path = find_file(arguments)
+    url, key, command = split_words(arguments.words, arguments.url, path)
     if not command:
         raise UserError("larm.py run: no COMMAND to run; see larm.py run --help", UNUSABLE)
-    return run_job(command, lambda: find_ping_url(arguments, key))
+    return Job(command, lambda: find_ping_url(url, key, path)).run()
 
 
-def split_words(words: list[str], has_url: bool) -> tuple[str | None, list[str]]:
+def split_words(
+    words: list[str], url: str | None, path: Path
+) -> tuple[str | None, str | None, list[str]]:
     """With --url, all that follows is the command. Otherwise "KEY -- COMMAND" and "-- COMMAND" say
     what is what. Without the "--", all is the command where LARM_URL is set; where it is not, the
-    first word is KEY, a monitor of larm.toml (the one here, or else the one beside larm.py).
-    """
+    first word is KEY if larm.toml has that monitor.
+    """  # what is returned: the ping URL, or else the KEY that leads to it; and the command
+    given = url if url is not None else os.environ.get("LARM_URL") or None
     if words[:1] == ["--"]:
-        return None, words[1:]
-    if has_url:
-        return None, words
-    if words[1:2] == ["--"]:
-        return words[0], words[2:]
-    # What can't be a key is a command whose LARM_URL got lost: it must run all the same.
-    if os.environ.get("LARM_URL") or not (words and _KEY.fullmatch(words[0])):
-        return None, words
-    return words[0], words[1:]
+        return given, None, words[1:]
+    if words[1:2] == ["--"] and url is None:
+        return None, words[0], words[2:]
+    if given is not None or not words:
+        return given, None, words
+    text = ""
+    try:
+        text = path.read_text("utf-8-sig", "replace")
+        known = words[0] in dict(tomllib.loads(text)["monitors"])
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        known = f"[monitors.{words[0]}]" in text  # somebody edits it: the job runs all the same
+    return None, words[0], words[1:] if known else words
 
 
-def find_ping_url(arguments: argparse.Namespace, key: str | None) -> str:
-    """Raises Unreported."""
-    if key is None:
-        name, url = "--url", arguments.url
-        if url is None:
-            name, url = "LARM_URL", os.environ.get("LARM_URL")
-        if not url and name == "LARM_URL":
-            raise Unreported("name a monitor, larm.py run KEY -- COMMAND, or set LARM_URL")
+def find_ping_url(url: str | None, key: str | None, path: Path) -> str:
+    """The ping URL that what `split_words` found leads to; raises Unreported."""
+    if url is not None:
         shape = r"(https?://[^\s/?#@]+(?:/[!-~]*?)?)/*([?#].*)?"
         if not (found := re.fullmatch(shape, url.strip(), re.IGNORECASE)):
-            raise Unreported(f"{name}: must look like http://nas.lan:5276/api/heartbeat/TOKEN")
+            like = "http://nas.lan:5276/api/heartbeat/TOKEN"
+            raise Unreported(f"--url or LARM_URL must look like {like}")
         return found[1]
-    here = Path("larm.toml")
-    beside = Path(__file__).with_name("larm.toml")  # cron starts at home
-    path: Path = getattr(arguments, "config", here if here.exists() else beside)
+    if key is None:
+        raise Unreported("name a monitor, larm.py run KEY -- COMMAND, or set LARM_URL")
     try:
         address = load_address(path.absolute(), key, os.environ)
-        if address.token:
-            return heartbeat_url(address.url, address.token)
-        if not address.database.exists():
+        token = address.token
+        if not token and not address.database.exists():
             raise Unreported(f"{address.database}: no such file; start Larm once")
-        with contextlib.closing(connect(address.database, readonly=True)) as db:
-            schema_version(db)
-            row = read_monitors(db).get(key)
+        if not token:
+            with contextlib.closing(connect(address.database, readonly=True)) as db:
+                schema_version(db)
+                token = first(db, "SELECT made_token FROM monitors WHERE key = :key", key=key)
     except ConfigError as error:
-        raise Unreported("; ".join(error.mistakes)) from None
+        lost = "" if os.environ.get("LARM_URL") else "; and LARM_URL is not set"
+        raise Unreported("; ".join(error.mistakes) + lost) from None
     except (OSError, sqlite3.Error, ValueError) as error:
         raise Unreported(f"{path}: its database can't be read: {error}") from None
-    if row is None:
+    if not token:
         raise Unreported(f"{path}: monitors.{key} has no token yet; start Larm once")
-    return heartbeat_url(address.url, row["made_token"])
+    return f"{address.url}/api/heartbeat/{token}"
 
 
 def require_monitor(config: Config, key: str) -> Monitor:
@@ -6138,11 +6095,11 @@ def test(arguments: argparse.Namespace) -> int:
     chosen = arguments.channels or list(config.channels)
     if not chosen:
         raise UserError(f"{config.path}: no channels: add one under [channels]", UNUSABLE)
-    failed = 0
+    failed = False
     for name in dict.fromkeys(chosen):
         with contextlib.redirect_stdout(io.StringIO()):  # a plugin may print, secrets too
             error = send_test(config, name)
-        failed += error is not None
+        failed |= error is not None
         print(f"{name}: {'sent' if error is None else f'not sent: {error}'}")
     return BAD_NEWS if failed else DONE
 

@@ -8,6 +8,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import resource
 import signal
 import socket
 import sqlite3
@@ -18,15 +20,19 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started with & or nohup: what the tests
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # start would inherit that
 sys.path.insert(0, str(ROOT))
 
 import larm  # noqa: E402 - only importable once the path is set
@@ -60,104 +66,225 @@ def write_config(folder: Path, text: str) -> Path:
 
 
 class House:
-    """Larm's rooms up to the notifier's outbox, on a real database, with a FakeClock and without
-    threads of their own: a test ticks the watcher itself.
+    """A whole Larm in this process, on a real database, with a FakeClock and without threads that
+    tick: a test lets time pass itself. It is spoken to as users do: by WSGI, the API and its file.
     """
 
     def __init__(self, folder: Path, text: str, clock: FakeClock | None = None) -> None:
         self.folder = folder
         self.clock = clock or FakeClock()
         self.text = text
+        self.tokens: dict[str, str] = {}
         self.open()
 
     def open(self) -> None:
-        self.config = larm.load(write_config(self.folder, self.text), {})
-        self.store = larm.Store(self.config.database)
-        self.intake = larm.Intake(self.store, self.clock)
-        self.watcher = larm.Watcher(self.store, self.clock, self.intake)
-        self.health = larm.Health(self.store, self.clock, self.watcher)
-        self.notifier = larm.Notifier(self.store, self.clock)
-        self.watcher.begin()
-        self.use()
+        """Start, as `larm.py serve` does, but for the server and the threads."""
+        path = write_config(self.folder, self.text)
+        self.larm = larm.Larm(larm.load(path, os.environ), self.clock)
+        self.larm.begin()
+        self.ticked_at = self.clock.monotonic_ms
 
-    def reload(self, text: str) -> None:
-        """Apply another configuration while running."""
+    def save(self, text: str) -> None:
+        """Save another larm.toml while Larm runs, and let Larm look at it."""
         self.text = text
-        self.config = larm.load(write_config(self.folder, self.text), {})
-        self.use()
-
-    def use(self) -> None:
-        now = self.clock.now()
-
-        def put(db: sqlite3.Connection) -> None:
-            watched = larm.adopt(db, self.config.monitors.values(), now)
-            self.intake.use(watched)
-            self.watcher.use(watched, self.config.keep)
-            self.watched = {one.monitor.key: one for one in watched}
-
-        self.store.write(put)
-        self.health.use(self.config)
-        self.notifier.use(self.config)
+        write_config(self.folder, text)
+        self.larm.reload_asked = True
+        self.larm.reload_if_saved()
 
     def stop(self) -> None:
         """A clean stop, as at SIGTERM."""
-        self.watcher.end()
-        self.store.close()
+        self.larm.close()
 
     def crash(self) -> None:
         """As by kill -9: what only memory knows is lost; what was committed is on disk."""
-        self.store.close()
+        self.larm.store.close()
 
-    def restart(self, after_ms: int, text: str | None = None, crash: bool = False) -> None:
+    def restart(self, after_ms: int = 0, text: str | None = None, crash: bool = False) -> None:
         """Stop, let time pass, start again; with another configuration where one is given."""
         self.crash() if crash else self.stop()
         self.clock.advance(after_ms)
+        self.clock.resync()
         self.text = text or self.text
         self.open()
 
-    def ping(
-        self, key: str, action: str = "", body: str | None = None, rid: str | None = None
-    ) -> None:
-        self.intake.receive(
-            self.watched[key].token,
-            action,
-            lambda signal, status: larm.Ping(signal, exit_status=status, body=body, rid=rid),
-        )
+    # Time
 
-    def tick(self) -> None:
-        """A tick of the watcher that comes when it was planned."""
-        self.watcher.tick(self.clock.monotonic() - self.watcher.ticked)
-        self.health.check()
+    def tick(self, late: int = 0) -> None:
+        """A step of the watcher that comes when it was planned, or so many milliseconds late."""
+        passed = self.clock.monotonic_ms - self.ticked_at
+        self.ticked_at = self.clock.monotonic_ms
+        self.larm.tick(passed - late)
 
-    def watch_for(self, ms: int, step: int = 1_000) -> None:
+    def watch(self, ms: int, step: int = 1_000) -> None:
         """Let time pass with a tick each step, as the running watcher would."""
-        end = self.clock.now() + ms
-        while self.clock.now() < end:
-            self.clock.advance(min(step, end - self.clock.now()))
+        end = self.clock.monotonic_ms + ms
+        while self.clock.monotonic_ms < end:
+            self.clock.advance(min(step, end - self.clock.monotonic_ms))
             self.tick()
 
-    def rows(self, sql: str, *values: object) -> list[dict[str, Any]]:
-        with self.store.reading() as db:
-            return [dict(row) for row in db.execute(sql, values)]
+    def live(self, ms: int, step: int = 60_000) -> None:
+        """As watch(), with the receivers' answers: no attempt to send is under way when the clock
+        moves, which would look as if the disk, or the receiver, had taken that long.
+        """
+        end = self.clock.monotonic_ms + ms
+        while self.clock.monotonic_ms < end:
+            self.watch(min(step, end - self.clock.monotonic_ms), step)
+            self.larm.notifier.wait(10)
+
+    def sleep_through(self, ms: int) -> None:
+        """Larm is stopped (SIGSTOP, a paused virtual machine) for so long, then ticks."""
+        self.clock.advance(ms)
+        self.tick(late=ms)
+
+    def deliver(self) -> None:
+        """Send what is due by now, and wait until the receivers have answered."""
+        self.tick()
+        self.larm.notifier.wait(10)
+
+    # HTTP
+
+    def ask(self, path: str, method: str = "GET", body: bytes = b"", peer: str = "127.0.0.1",
+            **headers: str) -> Answer:
+        return ask(self.larm.web, path, method, body, peer, **headers)
+
+    def token(self, key: str) -> str:
+        """Of a monitor, as its ping URL has it."""
+        return str(self.api(f"monitors/{key}")["ping_url"]).rpartition("/")[2]
+
+    def ping(self, key: str, action: str = "", body: str = "", rid: str | None = None,
+             status: int = 200, **headers: str) -> None:
+        """A job's ping: action is "", "start", "fail", "3", "log"; it must be answered `status`."""
+        if not (token := self.tokens.get(key)):
+            token = self.tokens[key] = self.token(key)
+        path = f"/api/heartbeat/{token}" + (f"/{action}" if action else "")
+        path += f"?rid={quote(rid)}" if rid is not None else ""
+        answer = self.ask(path, "POST" if body else "GET", body.encode(), **headers)
+        assert answer.status == status, answer
+
+    def api(self, path: str) -> Any:
+        """The data of a GET to the API, every moment in it in milliseconds."""
+        answer = self.ask(f"/api/v1/{path}")
+        assert answer.status == 200, answer
+        return in_ms(answer.json["data"])
+
+    def post(self, path: str, **asked: object) -> Any:
+        """The data of a POST to the API: post("monitors/job/pause", **{"for": "2h"})."""
+        answer = self.ask(f"/api/v1/{path}", "POST", json.dumps(asked).encode())
+        assert answer.status == 200, answer
+        return in_ms(answer.json["data"])
 
     def monitor(self, key: str) -> dict[str, Any]:
-        return self.rows("SELECT * FROM monitors WHERE key = ?", key)[0]
+        found: dict[str, Any] = self.api(f"monitors/{key}")
+        return found
 
     def state(self, key: str) -> str:
-        with self.store.reading() as db:
-            row = larm.read_monitors(db)[key]
-        return larm.shown_state(row, self.config.monitors[key], self.clock.now())
+        return str(self.monitor(key)["state"])
+
+    def left(self, key: str) -> int:
+        """Milliseconds until the deadline."""
+        return int(self.monitor(key)["deadline_at"]) - self.clock.now()
 
     def events(self, key: str | None = None) -> list[dict[str, Any]]:
-        rows = self.rows(
-            "SELECT e.*, m.key FROM events e JOIN monitors m ON m.id = e.monitor_id ORDER BY e.id"
-        )
-        return [row for row in rows if key in (None, row["key"])]
+        """What the API lists, oldest first, all of it, with `down_ms` for down_seconds."""
+        return [event | {"down_ms": event["down_seconds"] and round(event["down_seconds"] * 1000)}
+                for event in self.pages("events") if key in (None, event["monitor"])]
+
+    def changes(self, key: str | None = None) -> list[tuple[str, str | None, int]]:
+        """(type, reason, milliseconds since START) of each event."""
+        return [(one["type"], one["reason"], one["at"] - START) for one in self.events(key)]
 
     def heartbeats(self, key: str) -> list[dict[str, Any]]:
-        return self.rows(
-            "SELECT * FROM heartbeats WHERE monitor_id = ? ORDER BY id", self.watched[key].id
-        )
+        """What the API lists, oldest first, all of it."""
+        return self.pages(f"monitors/{key}/heartbeats")
+
+    def stored(self, key: str, signal: str = "success") -> list[int]:
+        """When the stored heartbeats with that signal came, in milliseconds since START."""
+        return [one["at"] - START for one in self.heartbeats(key) if one["signal"] == signal]
+
+    def pages(self, path: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        while True:
+            before = f"&before={found[-1]['id']}" if found else ""
+            page = self.api(f"{path}?limit=1000{before}")
+            found += page
+            if len(page) < 1000:
+                return found[::-1]
+
+    def pause(self, key: str, span: str | None = None) -> None:
+        self.post(f"monitors/{key}/pause", **({"for": span} if span else {}))
+
+    def resume(self, key: str) -> None:
+        self.post(f"monitors/{key}/resume")
+
+    # Faults
+
+    @contextlib.contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """No file of this process may grow: SQLite can't write, as on a full disk."""
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    @contextlib.contextmanager
+    def hanging_disk(self) -> Iterator[None]:
+        """The writer waits for the disk while this lasts (with another thread's pings inside)."""
+        began, go = threading.Event(), threading.Event()
+
+        def wait(_: sqlite3.Connection) -> None:
+            began.set()
+            go.wait(30)
+
+        self.larm.store.submit(wait)
+        assert began.wait(10)
+        try:
+            yield
+        finally:
+            go.set()
+
+    def queue_up(self, *steps: Callable[[], object]) -> list[Any]:
+        """Each step in a thread of its own, one after the other, all waiting for the disk; then the
+        disk answers. What they returned.
+        """
+        with ThreadPoolExecutor(len(steps)) as threads:
+            with self.hanging_disk():
+                waiting = []
+                for step in steps:
+                    waiting.append(threads.submit(step))
+                    time.sleep(0.05)  # it has queued up by then; if not, less is proven
+            return [one.result(15) for one in waiting]
+
+    def recover(self) -> None:
+        """The disk takes writes again: tick until Larm has found that out."""
+
+        def recorded() -> bool:
+            with contextlib.suppress(larm.Unrecordable):
+                self.tick()
+                return True
+            return False
+
+        wait_until(recorded)
+
+    def sql(self, text: str, *values: object) -> list[dict[str, Any]]:
+        """Look into the database file, as sqlite3 on the command line does. For sizes and faults
+        only: what Larm knows is asked for by its API.
+        """
+        with contextlib.closing(sqlite3.connect(self.folder / "larm.db", timeout=10)) as db, db:
+            db.row_factory = sqlite3.Row
+            return [dict(row) for row in db.execute(text, values)]
+
+
+def in_ms(value: Any) -> Any:
+    """JSON with each ISO moment as milliseconds since the epoch."""
+    if isinstance(value, dict):
+        return {name: in_ms(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [in_ms(one) for one in value]
+    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", value):
+        return round(datetime.fromisoformat(value).timestamp() * 1000)
+    return value
 
 
 @pytest.fixture
@@ -172,20 +299,7 @@ def house(tmp_path: Path) -> Iterator[Callable[..., House]]:
     yield build
     for one in built:
         with contextlib.suppress(Exception):
-            one.store.close()
-
-
-def hang(store: larm.Store) -> threading.Event:
-    """Hold up the store's writer, as a disk that hangs does, until the event is set."""
-    began, go = threading.Event(), threading.Event()
-
-    def wait(_: sqlite3.Connection) -> None:
-        began.set()
-        go.wait(10)
-
-    store.submit(wait)
-    assert began.wait(10)
-    return go
+            one.larm.store.close()
 
 
 def free_port() -> int:
@@ -214,14 +328,7 @@ class Answer:
         return json.loads(self.body)
 
 
-def open_web(house: House) -> larm.Web:
-    """The house's door to HTTP, without a server."""
-    web = larm.Web(house.store, house.clock, house.intake, house.watcher, house.notifier)
-    web.use(house.config)
-    return web
-
-
-def ask(web: larm.Web, path: str, method: str = "GET", body: bytes = b"",
+def ask(web: Any, path: str, method: str = "GET", body: bytes = b"",
         peer: str = "127.0.0.1", **headers: str) -> Answer:
     """Call the WSGI application as Waitress does, from this machine where no peer is named."""
     path, _, query = path.partition("?")
@@ -345,15 +452,15 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
 @dataclass
 class Webhook:
-    """A real HTTP receiver for json:// channels. `answer` decides what the next alerts get:
-    an HTTP status, or "hang".
+    """A real HTTP receiver for json:// channels. `answer` decides what the next alerts get: an HTTP
+    status, "hang" (no answer), "drip" (a byte of an answer a second, for ever) or "close".
     """
 
     port: int
     answer: int | str = 200
     alerts: list[dict[str, Any]] = field(default_factory=list)  # accepted ones
     arrived: list[float] = field(default_factory=list)  # time.time() of each accepted one
-    refused: int = 0
+    refused: int = 0  # that came and were not accepted
 
     @property
     def url(self) -> str:
@@ -361,6 +468,9 @@ class Webhook:
 
     def titles(self) -> list[str]:
         return [alert["title"] for alert in self.alerts]
+
+    def bodies(self) -> list[str]:
+        return [alert["message"] for alert in self.alerts]
 
 
 @pytest.fixture
@@ -373,22 +483,25 @@ def webhooks() -> Iterator[Callable[[], Webhook]]:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                if webhook.answer == "hang":
-                    closing.wait(60)
-                    return
                 if webhook.answer == 200:
                     webhook.arrived.append(time.time())
                     webhook.alerts.append(json.loads(body))
                 else:
                     webhook.refused += 1
-                self.send_response(int(webhook.answer))
-                self.end_headers()
+                if webhook.answer == "hang":
+                    closing.wait(300)
+                while webhook.answer == "drip" and not closing.wait(1):
+                    self.wfile.write(b"H")
+                if isinstance(webhook.answer, int):
+                    self.send_response(webhook.answer)
+                    self.end_headers()
 
             def log_message(self, *_: object) -> None:
                 pass
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
+        server.handle_error = lambda *_: None  # type: ignore[method-assign] # a caller that hung up
         webhook = Webhook(server.server_port)
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

@@ -1,477 +1,579 @@
-"""Who may do what: every row of interface.md's HTTP table, for every kind of visitor."""
+"""Who may do what: each row of interface.md's HTTP table, for each kind of visitor; and that no
+secret reaches who is not a viewer, on any path.
+"""
 
 from __future__ import annotations
 
 import base64
 import itertools
 import json
+import logging
+import os
 import re
+import tracemalloc
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import pytest
-from conftest import TOKEN, Answer, Process, ask, launch, open_web, wait_until
+from conftest import TOKEN, Answer, House, run_larm, wait_until, write_config
+from receivers import Phone, channels, monitor
 
-import larm as program
+import larm
+from larm import HOUR, SECOND
 
 PASSWORD = "Åtta: hemliga ord"
-FAR = "203.0.113.9"
-TOML = f"""
-[channels]
-phone = "json://someone:a-password-of-the-channel@127.0.0.1:9/a-path-of-the-channel"
-[defaults]
-notify = ["phone"]
-[monitors.job]
-name = "Nightly backup"
-interval = "1d"
-token = "{TOKEN}"
-note = "A-note-for-viewers"
-[monitors.made]
-interval = "1d"
-[watchdog]
-ping = "http://127.0.0.1:9/api/heartbeat/a-token-of-the-watchdog"
-"""
+FAR, HERE = "203.0.113.9", "127.0.0.1"
+GUARD = f'password = "{PASSWORD}"\n'
+JOB = monitor(interval="1d", token=TOKEN, notify=["phone"], note="A-note-for-viewers")
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the table: who is "viewers", "public" (anyone where public = true) or "anyone"."""
-
-    method: str
-    path: str
-    who: str
-
-    def __str__(self) -> str:
-        return f"{self.method} {self.path}"
+def basic(password: str, user: str = "me") -> str:
+    return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
 
 
-ROWS = [
-    Row("GET", "/", "public"),
-    Row("GET", "/monitor/job", "public"),
-    Row("GET", "/badge/job.svg", "public"),
-    Row("GET", "/badge/all.svg", "public"),
-    Row("GET", "/metrics", "viewers"),
-    Row("GET", "/api/v1/monitors", "public"),
-    Row("GET", "/api/v1/monitors/job", "public"),
-    Row("GET", "/api/v1/monitors/job/heartbeats", "public"),
-    Row("GET", "/api/v1/events", "public"),
-    Row("POST", "/api/v1/monitors/job/pause", "viewers"),
-    Row("POST", "/api/v1/monitors/job/resume", "viewers"),
-    Row("POST", "/api/v1/channels/phone/test", "viewers"),
-    Row("GET", "/health", "anyone"),
-]
-EACH_ROW = pytest.mark.parametrize("row", ROWS, ids=str)
-GUARDED = [row for row in ROWS if row.who != "anyone"]
-EACH_GUARDED_ROW = pytest.mark.parametrize("row", GUARDED, ids=str)
-POSTS = [row for row in ROWS if row.method == "POST"]
+def bearer(password: str) -> str:
+    return f"Bearer {password.encode().decode('latin-1')}"
 
 
-def basic(password: str, user: str = "me") -> dict[str, str]:
-    credentials = base64.b64encode(f"{user}:{password}".encode()).decode()
-    return {"Authorization": f"Basic {credentials}"}
-
-
-def bearer(password: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {password.encode().decode('latin-1')}"}
-
-
-VIEWERS = [basic(PASSWORD), basic(PASSWORD, ""), basic(PASSWORD, "Åsa"), bearer(PASSWORD),
-           {"Authorization": f"bearer   {bearer(PASSWORD)['Authorization'][7:]}  "}]
-STRANGERS = [
-    {}, {"Authorization": ""}, {"Authorization": "Basic"}, {"Authorization": "Bearer"},
-    {"Authorization": "Basic "}, {"Authorization": "Bearer "}, {"Authorization": "Basic %%%"},
-    {"Authorization": "Basic YQ"}, {"Authorization": "Basic å"}, {"Authorization": "Digest x"},
-    {"Authorization": "Basic " + base64.b64encode(PASSWORD.encode()).decode()},
-    {"Authorization": "Bearer " + basic(PASSWORD)["Authorization"][6:]},
-    {"Authorization": PASSWORD.encode().decode("latin-1")},
-    {"Authorization": "Basic " + "A" * 9999}, basic("wrong"), basic(""), basic(PASSWORD + "x"),
-    basic(PASSWORD[:-1]), basic("", PASSWORD), basic(PASSWORD.upper()), bearer("wrong"),
-    bearer(PASSWORD + "\xa0"),
-]  # fmt: skip
-
-
-@dataclass
-class Larms:
-    """One for each way to set access up."""
-
-    closed: Process  # a password, below a prefix
-    public: Process  # a password, and public
-    local: Process  # no password
-    local_public: Process
+VIEWER = {"AUTHORIZATION": basic(PASSWORD)}
+ROWS = {  # of the HTTP table, and the buttons of the pages: who may
+    "GET /": "public",
+    "GET /monitor/job": "public",
+    "GET /badge/job.svg": "public",
+    "GET /badge/all.svg": "public",
+    "GET /metrics": "viewers",
+    "GET /login": "viewers",
+    "GET /api/v1/summary": "public",
+    "GET /api/v1/monitors": "public",
+    "GET /api/v1/monitors/job": "public",
+    "GET /api/v1/monitors/job/heartbeats": "public",
+    "GET /api/v1/events": "public",
+    "POST /api/v1/monitors/job/pause": "viewers",
+    "POST /api/v1/monitors/job/resume": "viewers",
+    "POST /api/v1/channels/phone/test": "viewers",
+    "POST /monitor/job/pause": "viewers",
+    "POST /monitor/job/resume": "viewers",
+    "POST /monitor/job/ping": "viewers",
+    "POST /monitor/job/test": "viewers",
+    "GET /health": "anyone",
+    f"POST /api/heartbeat/{TOKEN}": "anyone",
+}
+POSTS = [row for row, whom in ROWS.items() if row.startswith("POST") and whom == "viewers"]
+EACH_ROW = pytest.mark.parametrize("row", ROWS)
+SETUPS = {
+    "closed": GUARD,
+    "public": f"{GUARD}public = true\n",
+    "local": 'url = "http://nas.lan:5276"\n',
+    "local and public": "public = true\n",
+    "below a path": f'{GUARD}url = "https://home.example/larm"\n',
+    "embedded": f'{GUARD}embed = ["https://home.lan", "http://[::1]:8123"]\n',
+}
 
 
 @pytest.fixture(scope="module")
-def larms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Larms]:
-    guard = f'password = "{PASSWORD}"\n'
-    started: list[Process] = []
-    try:
-        for text in (f'url = "https://home.example/larm"\n{guard}', f"{guard}public = true\n",
-                     'url = "http://nas.lan:5276"\n', "public = true\n"):
-            started.append(launch(tmp_path_factory.mktemp("larm"), text + TOML))
-            started[-1].ping(TOKEN)
-        yield Larms(*started)
-        assert not [one.log for one in started if "Traceback" in one.log or " ERROR " in one.log]
-    finally:
-        for one in started:
-            one.kill()
+def houses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, House]]:
+    """A Larm of each way to set access up, with a channel that answers."""
+    toml = channels(Phone("access")).replace("access =", "phone =")
+    built = {name: House(tmp_path_factory.mktemp("larm"), f"{text}{toml}{JOB}")
+             for name, text in SETUPS.items()}
+    yield built
+    for one in built.values():
+        one.stop()
 
 
-addresses = itertools.count(1)  # a new one for each guess, so that none is refused for the others
+visitors = itertools.count(1)
 
 
-def asked(process: Process, row: Row, **headers: str) -> Answer:
-    body = b"" if row.method == "POST" else None
-    given = {name.replace("_", "-"): value for name, value in headers.items()}
-    return process.get(row.path, row.method, body, given)
+def stranger() -> str:
+    """An address that nobody has asked from, so that no guess counts against another."""
+    number = next(visitors)
+    return f"198.{18 + number // 60_000}.{number // 250 % 240}.{number % 250}"
 
 
-def stranger(given: dict[str, str] | None = None) -> dict[str, str]:
-    number = next(addresses)
-    return {"X-Forwarded-For": f"198.18.{number // 250}.{number % 250}", **(given or {})}
+def visit(house: House, row: str, peer: str, **headers: str) -> Answer:
+    """What a row answers. A test of channels, of which there is one at a time, has its turn."""
+    method, _, path = row.partition(" ")
+
+    def answer() -> Answer | None:
+        found = house.ask(path, method, b"", peer, **headers)
+        return None if found.status == 503 and path.endswith("/test") else found
+
+    found: Answer = wait_until(answer)
+    return found
 
 
-def refused(answer: Answer, row: Row, status: int, kind: str) -> bool:
-    """Whether an answer is that refusal, in the API's shape where it is the API's."""
-    if row.path.startswith("/api/"):
+def is_refused(answer: Answer, row: str, status: int) -> bool:
+    """Whether it is that refusal, worded as the API or as a page does."""
+    kind = {401: "unauthorized", 403: "forbidden", 429: "rate_limited"}[status]
+    if row.split()[1].startswith("/api/"):
         assert answer.headers["Content-Type"] == "application/json"
         assert answer.json["error"]["type"] == kind
         assert answer.json["error"]["message"]
     else:
         assert answer.headers["Content-Type"].startswith("text/html")
-    assert answer.headers["Cache-Control"] == "no-store"
+    asks = 'Basic realm="Larm", charset="UTF-8"' if status == 401 else None
+    assert answer.headers.get("Www-Authenticate") == asks  # as Bottle spells it
     return answer.status == status
 
 
-def test_the_table_has_every_path_that_larm_answers(house):
-    web = open_web(house(TOML))
-    rules = {(route.method, route.rule) for route in web._app.routes if route.method != "ANY"}
-    for row in ROWS:
-        environ = {"REQUEST_METHOD": row.method, "PATH_INFO": row.path}
-        route, _ = web._app.router.match(environ)
-        rules.discard((route.method, route.rule))
-    buttons = ("POST", "/monitor/<key>/<verb:re:pause|resume|test>")  # test_pages.py has these
-    assert rules == {buttons}
+@dataclass(frozen=True)
+class Visitor:
+    """`refused`: the status where a row is not for them; 0: all are."""
+
+    setup: str
+    refused: int
+    peer: str = FAR
+    headers: dict[str, str] = field(default_factory=dict)
+    posts: bool = True  # whether a POST is let in where a GET is
 
 
-# Viewers
+PROXIED = {"X_FORWARDED_FOR": FAR}
+CROSS_SITE = {"ORIGIN": "https://evil.example"}
+VISITORS = {
+    "viewer": Visitor("closed", 0, headers=VIEWER),
+    "viewer, through a proxy": Visitor("closed", 0, HERE, PROXIED | VIEWER),
+    "viewer, in public": Visitor("public", 0, headers={"AUTHORIZATION": bearer(PASSWORD)}),
+    "viewer, in a frame": Visitor("embedded", 0, headers=VIEWER | {"SEC_FETCH_DEST": "iframe"}),
+    "viewer, on another site's page": Visitor("closed", 0, FAR, VIEWER | CROSS_SITE, False),
+    "nobody": Visitor("closed", 401),
+    "nobody, on this machine": Visitor("closed", 401, HERE),
+    "nobody, who guesses": Visitor("closed", 401, "", {"AUTHORIZATION": basic("wrong")}),
+    "nobody, in public": Visitor("public", 401),
+    "nobody, in public, who guesses": Visitor("public", 401, "", {"AUTHORIZATION": bearer("no")}),
+    "this machine": Visitor("local", 0, HERE),
+    "this machine, on another site's page": Visitor("local", 0, HERE, CROSS_SITE, False),
+    "this machine, in public": Visitor("local and public", 0, HERE),
+    "another machine": Visitor("local", 403),
+    "another machine, in public": Visitor("local and public", 403),
+    "another machine, through a proxy": Visitor("local", 403, HERE, PROXIED),
+    "another site's name for this machine": Visitor("local", 403, HERE, {"HOST": "evil.example"}),
+}
 
 
-@EACH_ROW
-@pytest.mark.parametrize("number", range(len(VIEWERS)))
-def test_who_gives_the_password_is_a_viewer(larms, row, number):
-    for process in (larms.closed, larms.public):
-        assert asked(process, row, **stranger(VIEWERS[number])).status == 200
+@pytest.mark.parametrize("who", VISITORS)
+def test_each_row_of_the_table_lets_in_who_may_and_refuses_everyone_else(houses, who):
+    one = VISITORS[who]
+    house = houses[one.setup]
+    answered, expected = {}, {}
+    for row, whom in ROWS.items():
+        shown = whom == "anyone" or (whom == "public" and "public" in one.setup)
+        refused = 0 if shown else one.refused
+        if row in POSTS and not one.posts:
+            refused = 403
+        answer = visit(house, row, one.peer or stranger(), **one.headers)
+        expected[row] = refused or "let in"
+        answered[row] = "let in" if answer.status in (200, 303) else answer.status
+        assert not refused or is_refused(answer, row, refused)
+    assert answered == expected
 
 
-@pytest.mark.parametrize("password", ["voilà", "à", "x" * 500, ":", "a:b:c", "…", '"', "\u0085",
-                                      "密码"])
-@pytest.mark.parametrize("given", [basic, bearer])
-def test_a_password_may_hold_any_letter(house, password, given):
-    web = open_web(house(f"password = {json.dumps(password)}\n{TOML}"))
-    authorization = given(password)["Authorization"]
-    assert ask(web, "/metrics", peer=FAR, AUTHORIZATION=authorization).status == 200
-    assert ask(web, "/metrics", peer=FAR, AUTHORIZATION=authorization[:-4]).status == 401
+def test_who_is_refused_has_done_nothing(house):
+    phone = Phone()
+    rooms = house(GUARD + channels(phone) + JOB)
+    for row in POSTS:
+        for headers in ({}, {"AUTHORIZATION": basic("no")}, VIEWER | CROSS_SITE):
+            assert visit(rooms, row, stranger(), **headers).status in (401, 403)
+    answer = rooms.ask("/api/v1/monitors/job", **VIEWER).json["data"]
+    assert (answer["state"], answer["last_heartbeat_at"], phone.tries) == ("pending", None, 0)
 
 
-@EACH_ROW
-def test_without_a_password_this_machine_is_a_viewer(larms, row):
-    assert asked(larms.local, row).status == 200
-    assert asked(larms.local, row, Authorization="Basic %%%").status == 200
-
-
-@EACH_ROW
-def test_everything_is_below_the_path_of_url_too(larms, row):
-    below = Row(row.method, f"/larm{row.path}", row.who)
-    assert asked(larms.closed, below, **stranger(basic(PASSWORD))).status == 200
-    answer = asked(larms.closed, below, **stranger())
-    assert (answer.status, row.who) in ((200, "anyone"), (401, "viewers"), (401, "public"))
-
-
-def test_ping_urls_have_the_path_of_url(larms):
-    [monitor, _] = larms.closed.get("/api/v1/monitors", headers=basic(PASSWORD)).json["data"]
-    assert monitor["ping_url"] == f"https://home.example/larm/api/heartbeat/{TOKEN}"
-
-
-# Everyone else
-
-
-@EACH_GUARDED_ROW
-@pytest.mark.parametrize("number", range(len(STRANGERS)))
-def test_who_does_not_give_the_password_is_unauthorized(larms, row, number):
-    answer = asked(larms.closed, row, **stranger(STRANGERS[number]))
-    assert refused(answer, row, 401, "unauthorized")
-    headers = {name.lower(): value for name, value in answer.headers.items()}
-    assert headers["www-authenticate"] == 'Basic realm="Larm", charset="UTF-8"'
-
-
-@EACH_GUARDED_ROW
-def test_with_a_password_this_machine_is_asked_for_it_too(larms, row):
-    assert refused(asked(larms.closed, row), row, 401, "unauthorized")
-
-
-FORWARDED = ["X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "Forwarded", "X-Real-IP",
-             "Via", "X-Client-IP", "True-Client-IP", "X-Original-Forwarded-For",
-             "X-Cluster-Client-IP", "CF-Connecting-IP"]
-
-
-@EACH_GUARDED_ROW
-@pytest.mark.parametrize("header", FORWARDED)
-def test_without_a_password_what_was_forwarded_is_forbidden(larms, row, header):
-    answer = asked(larms.local, row, **{header: "127.0.0.1", **basic("")})
-    assert refused(answer, row, 403, "forbidden")
-
-
-HOSTS = ["evil.example", "evil.example:5276", "localhost.evil.example", "nas.lan.evil.example",
-         "192.168.1.5", "[::2]:5276", "evil.example#localhost", "127.0.0.1.evil.example", "[", "[]",
-         "localhost.", "xn--localhost", "0", "0.0.0.0", "127.1", "[::1"]  # fmt: skip
-
-
-@EACH_GUARDED_ROW
-@pytest.mark.parametrize("host", HOSTS)
-def test_without_a_password_another_sites_name_for_this_machine_is_forbidden(larms, row, host):
-    """So that DNS rebinding opens nothing."""
-    assert refused(asked(larms.local, row, Host=host), row, 403, "forbidden")
-
-
-@EACH_GUARDED_ROW
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:5276", "127.0.0.1", "127.5.6.7:80",
-                                  "[::1]", "[::1]:5276", "[::FFFF:127.0.0.1]", "nas.lan",
-                                  "NAS.lan:80", "localhost:"])
-def test_without_a_password_this_machine_goes_by_its_own_names(larms, row, host):
-    assert asked(larms.local, row, Host=host).status == 200
-
-
-@pytest.fixture
-def web(house) -> program.Web:
-    return open_web(house(TOML))
-
-
-@EACH_GUARDED_ROW
-@pytest.mark.parametrize("peer", [FAR, "::2", "10.0.0.1", "::ffff:203.0.113.9", "1270.0.0.1", ""])
-def test_without_a_password_another_machine_is_forbidden(web, row, peer):
-    assert refused(ask(web, row.path, row.method, peer=peer), row, 403, "forbidden")
-
-
-@pytest.mark.parametrize("peer", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"])
-def test_without_a_password_every_loopback_address_is_this_machine(web, peer):
-    assert ask(web, "/api/v1/monitors", peer=peer).status == 200
-
-
-# Public
+def test_every_link_and_button_of_the_pages_is_in_the_table(houses):
+    pages = [houses[setup].ask(path, **VIEWER).body.decode() for path in ("/", "/monitor/job")
+             for setup in ("local", "local and public")]
+    pages.append(houses["public"].ask("/", peer=FAR).body.decode())
+    links = {f"GET {link}" for page in pages for link in re.findall(r'href="(/[^"]*)"', page)}
+    links |= {f"POST {link}" for page in pages
+              for link in re.findall(r'method="post" action="(/[^"]*)"', page)}
+    assert len(links) >= 6
+    assert links <= ROWS.keys()
 
 
 @EACH_ROW
-@pytest.mark.parametrize("given", [{}, basic("wrong"), {"Authorization": "Basic %%%"}], ids=str)
-def test_in_public_everyone_may_look_and_change_nothing(larms, row, given):
-    answer = asked(larms.public, row, **stranger(given))
-    if row.who == "viewers":
-        assert refused(answer, row, 401, "unauthorized")
-    else:
-        assert answer.status == 200
+def test_everything_is_below_the_path_of_url_too(houses, row):
+    method, _, path = row.partition(" ")
+    house, below = houses["below a path"], f"{method} /larm{path}"
+    assert visit(house, below, FAR, **VIEWER).status in (200, 303)
+    answer = visit(house, below, stranger())
+    assert answer.status == (200 if ROWS[row] == "anyone" else 401)
 
 
-@EACH_ROW
-def test_in_public_without_a_password_only_this_machine_changes_anything(larms, row):
-    assert asked(larms.local_public, row).status == 200
-    answer = asked(larms.local_public, row, **stranger())
-    assert answer.status == (403 if row.who == "viewers" else 200)
+def test_login_asks_for_the_password_and_leads_to_the_dashboard(houses):
+    for setup, to in (("public", "/"), ("closed", "/"), ("below a path", "/larm/")):
+        answer = houses[setup].ask(f"{to[:-1]}/login", **VIEWER)
+        assert (answer.status, answer.headers["Location"]) == (303, to)
+        assert is_refused(houses[setup].ask(f"{to[:-1]}/login", peer=FAR), "GET /login", 401)
+    answer = houses["local and public"].ask("/login", peer=FAR)
+    assert is_refused(answer, "GET /login", 403)  # there is no password to ask for
+    assert b"password = " in answer.body
 
 
-def test_in_public_the_api_leaves_out_what_is_for_viewers(house):
-    rooms = house(f'public = true\npassword = "{PASSWORD}"\n{TOML}')
-    rooms.intake.receive(TOKEN, "3", lambda signal, status: program.Ping(
-        signal, status, "POST", "192.0.2.1", "curl/8", "a-rid", "output"))
-    web = open_web(rooms)
+def test_where_public_is_set_the_pages_show_a_way_to_sign_in(houses):
+    for path in ("/", "/monitor/job"):
+        assert b'href="/login"' in houses["public"].ask(path, peer=FAR).body
+        assert b'href="/login"' not in houses["public"].ask(path, peer=FAR, **VIEWER).body
 
-    def both(path: str) -> tuple[Any, Any]:
-        """What a stranger and what a viewer gets."""
-        given = {"AUTHORIZATION": bearer(PASSWORD)["Authorization"]}
-        answers = ask(web, path, peer=FAR), ask(web, path, peer=FAR, **given)
-        return tuple(answer.json["data"] for answer in answers)
 
-    theirs, ours = both("/api/v1/monitors/job")
-    assert (ours["channels"], ours["note"]) == (["phone"], "A-note-for-viewers")
-    assert theirs == ours | {"channels": [], "note": None, "ping_url": None}
-    [theirs], [ours] = both("/api/v1/monitors/job/heartbeats")
-    assert (ours["from"], ours["body"]) == ("192.0.2.1", "output")
-    assert theirs == ours | dict.fromkeys(("from", "user_agent", "rid", "body"))
-    [theirs], [ours] = both("/api/v1/events")
-    assert len(ours["deliveries"]) == 1
-    assert theirs == ours | {"deliveries": []}
+# Each way to be a viewer, and each to be none
+
+
+@pytest.mark.parametrize("given", [
+    basic(PASSWORD), basic(PASSWORD, ""), basic(PASSWORD, "Åsa"), bearer(PASSWORD),
+    f"bearer   {bearer(PASSWORD)[7:]}  ", f"basic {basic(PASSWORD)[6:]}",
+])
+def test_who_gives_the_password_is_a_viewer(houses, given):
+    assert houses["closed"].ask("/metrics", peer=FAR, AUTHORIZATION=given).status == 200
+
+
+@pytest.mark.parametrize("given", [
+    "", "Basic", "Bearer", "Basic ", "Bearer ", "Basic %%%", "Basic YQ", "Basic å", "Digest x",
+    "Basic " + base64.b64encode(PASSWORD.encode()).decode(), "Bearer " + basic(PASSWORD)[6:],
+    PASSWORD.encode().decode("latin-1"), "Basic " + "A" * 9999, basic(""), basic(PASSWORD + "x"),
+    basic(PASSWORD[:-1]), basic("", PASSWORD), basic(PASSWORD.upper()), bearer(PASSWORD + "\xa0"),
+    bearer("None"),
+])
+def test_who_does_not_is_none(houses, given):
+    answer = houses["closed"].ask("/metrics", peer=stranger(), AUTHORIZATION=given)
+    assert is_refused(answer, "GET /metrics", 401)
+    answer = houses["local"].ask("/metrics", peer=FAR, AUTHORIZATION=given)
+    assert is_refused(answer, "GET /metrics", 403)  # no password opens where none is set
+
+
+@pytest.mark.parametrize("password", ["voilà", "x" * 500, ":", "a:b:c", '"', "\u0085", "密码"])
+def test_a_password_may_hold_any_letter(house, password):
+    rooms = house(f"password = {json.dumps(password)}\n{channels(Phone())}{JOB}")
+    for given in (basic(password), bearer(password)):
+        assert rooms.ask("/metrics", peer=FAR, AUTHORIZATION=given).status == 200
+        assert rooms.ask("/metrics", peer=FAR, AUTHORIZATION=given[:-4]).status == 401
+
+
+OWN_NAMES = ["localhost", "LOCALHOST:5276", "127.5.6.7:80", "[::1]", "[::1]:5276", "nas.lan",
+             "[::FFFF:127.0.0.1]", "NAS.lan:80", "localhost:"]
+OTHER_NAMES = ["evil.example:5276", "localhost.evil.example", "nas.lan.evil.example", "[::1",
+               "192.168.1.5", "[::2]:5276", "evil.example#localhost", "127.0.0.1.evil.example",
+               "[", "[]", "localhost.", "xn--localhost", "0", "0.0.0.0", "127.1", ""]
+FORWARDED = ["X_FORWARDED_FOR", "X_FORWARDED_HOST", "X_FORWARDED_PROTO", "FORWARDED", "X_REAL_IP",
+             "VIA", "X_CLIENT_IP", "TRUE_CLIENT_IP", "X_ORIGINAL_FORWARDED_FOR",
+             "X_CLUSTER_CLIENT_IP", "CF_CONNECTING_IP"]
+
+
+def test_without_a_password_this_machine_goes_by_its_own_names_and_addresses(houses):
+    """So that DNS rebinding opens nothing, nor a proxy that nobody thought of."""
+    house = houses["local"]
+    names = [*OWN_NAMES, *OTHER_NAMES]
+    assert [host for host in names if house.ask("/", HOST=host).status == 200] == OWN_NAMES
+    peers = ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"]
+    others = ["::2", "10.0.0.1", "::ffff:203.0.113.9", "1270.0.0.1", "127.0.0.1.5", ""]
+    assert {one for one in peers + others if house.ask("/", peer=one).status == 200} == set(peers)
+    values = itertools.product(FORWARDED, ("127.0.0.1", ""))
+    assert {house.ask("/", **{name: value}).status for name, value in values} == {403}
 
 
 # Other sites' pages
 
-
-CROSS_SITE = [{"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": ""},
-              {"Origin": "http://127.0.0.1:1"}, {"Origin": "http://["}, {"Origin": "evil.example"},
-              {"Origin": "https://home.example.evil.example"}, {"Sec-Fetch-Site": "cross-site"},
-              {"Sec-Fetch-Site": "same-site"}, {"Sec-Fetch-Site": "anything"},
-              {"Sec-Fetch-Site": ""}, {"Sec-Fetch-Site": "cross-site", "Origin": "null"},
-              {"Sec-Fetch-Site": "cross-site", "Origin": "https://home.example"}]
-
-
-@pytest.mark.parametrize("row", POSTS, ids=str)
-@pytest.mark.parametrize("headers", CROSS_SITE, ids=str)
-def test_what_another_sites_page_posts_is_forbidden(larms, row, headers):
-    for process, given in ((larms.closed, basic(PASSWORD)), (larms.public, basic(PASSWORD)),
-                           (larms.local, {}), (larms.local_public, {})):
-        assert refused(asked(process, row, **headers, **given), row, 403, "forbidden")
+FOREIGN = [
+    {"ORIGIN": "null"}, {"ORIGIN": ""}, {"ORIGIN": "http://127.0.0.1:1"}, {"ORIGIN": "http://["},
+    {"ORIGIN": "evil.example"}, {"ORIGIN": "https://home.example.evil.example"},
+    {"SEC_FETCH_SITE": "cross-site"}, {"SEC_FETCH_SITE": "same-site"}, {"SEC_FETCH_SITE": ""},
+    {"SEC_FETCH_SITE": "cross-site", "ORIGIN": "https://home.example"},
+    {"ORIGIN": "null", "HOST": ""},
+]
+OWN = [
+    {}, {"ORIGIN": "https://home.example"}, {"ORIGIN": "https://HOME.example", "HOST": "10.0.0.1"},
+    {"ORIGIN": "http://10.0.0.1:80", "HOST": "10.0.0.1:80"}, {"SEC_FETCH_SITE": "none"},
+    {"SEC_FETCH_SITE": "same-origin", "ORIGIN": "null"},
+]
 
 
-@pytest.mark.parametrize("row", POSTS, ids=str)
-def test_what_another_sites_page_posts_without_a_host_is_forbidden(house, row):
-    web = open_web(house(f'password = "{PASSWORD}"\n{TOML}'))
-    given = {"AUTHORIZATION": bearer(PASSWORD)["Authorization"], "HOST": "", "ORIGIN": "null"}
-    assert refused(ask(web, row.path, "POST", **given), row, 403, "forbidden")
-
-
-@pytest.mark.parametrize("row", POSTS, ids=str)
-@pytest.mark.parametrize("headers", [
-    {"Origin": "https://home.example"}, {"Origin": "https://HOME.example", "Host": "127.0.0.1:1"},
-    {"Origin": "http://10.0.0.1:80", "Host": "10.0.0.1:80"}, {"Sec-Fetch-Site": "none"},
-    {"Sec-Fetch-Site": "same-origin", "Origin": "https://home.example"},
-    {"Sec-Fetch-Site": "same-origin", "Origin": "null"},
-], ids=str)
-def test_larms_own_page_and_programs_may_post(larms, row, headers):
-    assert asked(larms.closed, row, **headers, **basic(PASSWORD)).status == 200
-
-
-@pytest.mark.parametrize("row", [row for row in ROWS if row.method == "GET"], ids=str)
-@pytest.mark.parametrize("headers", CROSS_SITE, ids=str)
-def test_a_link_on_another_sites_page_works(larms, row, headers):
-    assert asked(larms.local, row, **headers).status == 200
+def test_a_post_is_taken_from_larms_own_page_and_from_programs_only(houses):
+    for row in POSTS:
+        for headers in FOREIGN:
+            answer = visit(houses["below a path"], row, FAR, **VIEWER, **headers)
+            assert is_refused(answer, row, 403), headers
+            assert b"another site" in answer.body
+        for headers in OWN if "/test" not in row else ():
+            assert visit(houses["below a path"], row, FAR, **VIEWER, **headers).status in (200, 303)
 
 
 # Guessing
 
 
-@EACH_GUARDED_ROW
-def test_ten_wrong_passwords_a_minute_are_429_on_every_path(house, row):
-    rooms = house(f'password = "{PASSWORD}"\n{TOML}')
-    web = open_web(rooms)
-    wrong = [basic("no"), bearer("no"), {"Authorization": "Basic"}, {"Authorization": "Basic %%%"}]
-    guesses = [wrong[number % 4]["Authorization"] for number in range(10)]
-    right = basic(PASSWORD)["Authorization"]
+def statuses(house: House, path: str, guesses: list[str], peer: str = FAR, **headers: str
+             ) -> list[int]:
+    return [house.ask(path, peer=peer, AUTHORIZATION=one, **headers).status for one in guesses]
 
-    def status(given: str, peer: str = FAR) -> int:
-        return ask(web, row.path, row.method, peer=peer, AUTHORIZATION=given).status
 
-    assert [status(given) for given in guesses] == [401] * 10
-    answer = ask(web, row.path, row.method, peer=FAR, AUTHORIZATION=right)
-    assert refused(answer, row, 429, "rate_limited")
+@pytest.mark.parametrize("row", ["GET /metrics", "GET /login", "GET /api/v1/monitors", "GET /"])
+def test_ten_wrong_passwords_a_minute_are_429_the_right_one_too_until_the_minute_is_over(
+        house, row):
+    rooms = house(GUARD + channels(Phone()) + JOB)
+    path, wrong = row[4:], [basic("no"), "Basic YQ", "Basic", "Basic %%%", "Bearer "] * 2
+    assert statuses(rooms, path, wrong) == [401] * 10
+    answer = rooms.ask(path, peer=FAR, **VIEWER)
+    assert is_refused(answer, row, 429)
     assert answer.headers["Retry-After"] == "60"
-    assert status(right, "203.0.113.10") == 200
-    rooms.clock.advance(61_000)
-    assert status(right) == 200
+    assert rooms.ask(path, peer="203.0.113.10", **VIEWER).status in (200, 303)
+    assert rooms.ask(f"/api/heartbeat/{TOKEN}", peer=FAR, AUTHORIZATION=basic("no")).status == 200
+    rooms.clock.advance(61 * SECOND)
+    assert rooms.ask(path, peer=FAR, **VIEWER).status in (200, 303)
 
 
-def test_guesses_from_many_long_addresses_take_little_memory(house):
-    web = open_web(house(f'password = "{PASSWORD}"\n{TOML}'))
-    for number in range(1_100):
-        ask(web, "/metrics", X_FORWARDED_FOR=f"{number:04}{'x' * 10_000}", AUTHORIZATION="Bearer x")
-    assert len(web._access._guesses) == 1_000
-    assert max(map(len, web._access._guesses)) == 100
+def test_no_password_given_is_no_wrong_password(houses):
+    peer = stranger()
+    assert {houses["closed"].ask("/", peer=peer).status for _ in range(20)} == {401}
+    assert houses["closed"].ask("/", peer=peer, **VIEWER).status == 200
+
+
+def test_in_public_who_guesses_sees_what_everyone_sees_and_is_counted(house):
+    rooms = house(f"public = true\n{GUARD}{channels(Phone())}{JOB}")
+    assert statuses(rooms, "/", [basic("no")] * 12) == [200] * 12
+    assert rooms.ask("/login", peer=FAR, **VIEWER).status == 429
+    assert b"/api/heartbeat" not in rooms.ask("/", peer=FAR, **VIEWER).body
+
+
+def test_saving_larm_toml_forgives_no_guess(house):
+    rooms = house(GUARD + channels(Phone()) + JOB)
+    assert statuses(rooms, "/", [basic("no")] * 10) == [401] * 10
+    for text in (rooms.text + monitor("new"), rooms.text.replace(PASSWORD, "another one")):
+        rooms.save(text)
+        assert statuses(rooms, "/", [basic(PASSWORD), basic("another one")]) == [429, 429]
+
+
+@pytest.mark.parametrize(("proxies", "peer"), [
+    ("", FAR),  # who is no proxy may write what they like
+    ("proxies = []\n", HERE), ('proxies = ["10.0.0.0/8"]\n', HERE),
+])
+def test_a_forged_x_forwarded_for_does_not_evade(house, proxies, peer):
+    rooms = house(proxies + GUARD + channels(Phone()) + JOB)
+    found = [rooms.ask("/", peer=peer, AUTHORIZATION=basic("no"), X_FORWARDED_FOR=f"192.0.2.{n}")
+             for n in range(11)]
+    assert [one.status for one in found] == [401] * 10 + [429]
+
+
+@pytest.mark.parametrize(("proxies", "peer", "behind"), [
+    ("", "127.0.0.1", "{}, 198.51.100.4"), ("", "::1", "{}, 198.51.100.4"),
+    ('proxies = ["10.0.0.0/8"]\n', "10.1.2.3", "{}, 198.51.100.4, 10.0.0.7"),
+])
+def test_behind_a_proxy_the_address_that_it_saw_is_counted_and_no_other(
+        house, proxies, peer, behind):
+    rooms = house(proxies + GUARD + channels(Phone()) + JOB)
+    found = [rooms.ask("/", peer=peer, AUTHORIZATION=basic("no"),
+                       X_FORWARDED_FOR=behind.format(f"192.0.2.{n}")) for n in range(11)]
+    assert [one.status for one in found] == [401] * 10 + [429]
+    others = behind.replace("198.51.100.4", "198.51.100.5").format("192.0.2.1")
+    assert rooms.ask("/", peer=peer, X_FORWARDED_FOR=others, **VIEWER).status == 200
+
+
+def test_ipv6_counts_by_64_and_ipv4_by_address_however_it_is_written(house):
+    rooms = house(GUARD + channels(Phone()) + JOB)
+    for peer, same, other in (
+        ("2001:db8:1:2::{:x}", "2001:db8:1:2:ffff::1", "2001:db8:1:3::1"),
+        ("::ffff:192.0.2.7", "192.0.2.7", "::ffff:192.0.2.8"),  # as nginx on [::] says it
+    ):
+        guesses = [{"X_FORWARDED_FOR": peer.format(number), "AUTHORIZATION": basic("no")}
+                   for number in range(10)]
+        assert [rooms.ask("/", **guess).status for guess in guesses] == [401] * 10
+        assert rooms.ask("/", X_FORWARDED_FOR=other, **VIEWER).status == 200, other
+        assert rooms.ask("/", X_FORWARDED_FOR=same, **VIEWER).status == 429, same
+
+
+def test_guesses_from_long_addresses_take_little_memory(house):
+    rooms = house(GUARD + channels(Phone()) + JOB)
+    tracemalloc.start()
+    try:
+        for number in range(300):
+            rooms.ask("/metrics", AUTHORIZATION="Bearer x",
+                      X_FORWARDED_FOR=f"{number:04}{'x' * 60_000}")
+        assert tracemalloc.get_traced_memory()[0] < 3_000_000
+    finally:
+        tracemalloc.stop()
+
+
+# An empty password
+
+
+def test_an_empty_password_lets_nobody_in(house, tmp_path, monkeypatch):
+    """Not in `check`, not at the start, not at a reload."""
+    text = 'password = "${LARM_TEST_PASSWORD}"\n' + channels(Phone()) + JOB
+    monkeypatch.setenv("LARM_TEST_PASSWORD", PASSWORD)
+    rooms = house(text)
+    monkeypatch.setenv("LARM_TEST_PASSWORD", "")
+    rooms.save(text + monitor("new"))
+    assert rooms.ask("/api/v1/monitors", peer=FAR).status == 401
+    assert rooms.ask("/api/v1/monitors", peer=FAR, AUTHORIZATION=basic("")).status == 401
+    found = rooms.ask("/", **VIEWER)
+    assert b"LARM_TEST_PASSWORD" in found.body
+    assert b"/monitor/new" not in found.body
+
+    other = tmp_path / "other"
+    other.mkdir()
+    for password in ("${LARM_TEST_PASSWORD}", "${file:empty}", "", "${LARM_TEST_UNSET}"):
+        (other / "empty").write_text("\n")
+        write_config(other, f'password = "{password}"\n' + monitor("job"))
+        with pytest.raises(larm.ConfigError, match="password"):
+            larm.load(other / "larm.toml", os.environ)
+    for verb in ("check", "serve"):
+        ended = run_larm(other, verb)
+        assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+        assert "password" in ended.stderr
 
 
 # What every answer says to browsers
 
 
+def policies(answer: Answer) -> dict[str, str]:
+    policy: str = answer.headers["Content-Security-Policy"]
+    return dict(one.split(" ", 1) for one in policy.split("; "))
+
+
 @EACH_ROW
-def test_no_answer_is_kept_framed_or_told_of_in_a_referrer(larms, row):
-    for answer in (asked(larms.closed, row, **basic(PASSWORD)), asked(larms.closed, row)):
-        headers = answer.headers
-        policy = dict(one.split(" ", 1) for one in headers["Content-Security-Policy"].split("; "))
-        assert policy["default-src"] == "'none'"
-        assert policy["frame-ancestors"] == "'none'"
-        assert policy["base-uri"] == "'none'"
-        assert "unsafe" not in str(policy)
-        assert headers["Cache-Control"] == "no-store"
-        assert headers["Referrer-Policy"] in ("no-referrer", "same-origin")  # to no other site
-        assert headers["X-Content-Type-Options"] == "nosniff"
+def test_no_answer_is_kept_framed_sniffed_or_told_of_to_other_sites(houses, row):
+    if row.endswith(TOKEN):
+        return  # a ping says nothing
+    for setup, headers in itertools.product(("closed", "embedded"), (VIEWER, {})):
+        answer = visit(houses[setup], row, stranger(), **headers)
+        found = policies(answer)
+        framed_by = "'none'" if setup == "closed" else "https://home.lan http://[::1]:8123"
+        assert found["frame-ancestors"] == framed_by
+        assert "X-Frame-Options" not in answer.headers  # it would forbid what embed allows
+        assert (found["default-src"], found["base-uri"]) == ("'none'", "'none'")
+        assert "unsafe" not in str(found)
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert answer.headers["Referrer-Policy"] == "same-origin"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert not [name for name in answer.headers if name.startswith("Access-Control-")]
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/api/v1/nothing", "/%ff", "/monitor/%00"])
+def test_what_is_not_there_says_the_same_to_browsers(houses, path):
+    for method in ("GET", "POST", "FOO"):
+        answer = houses["embedded"].ask(path, method)
+        assert policies(answer)["frame-ancestors"].startswith("https://home.lan")
+        assert answer.headers["Cache-Control"] == "no-store"
 
 
 # Secrets
 
-
-OUTPUT = "What-the-job-has-printed"
-AGENT = "An-agent-of-the-job"
 NEVER = ["a-password-of-the-channel", "a-path-of-the-channel", "a-token-of-the-watchdog", PASSWORD,
          PASSWORD.encode().decode("latin-1")]
-FOR_VIEWERS = [TOKEN, "A-note-for-viewers", OUTPUT, AGENT, "a-run-of-the-job", "phone",
-               "/api/heartbeat/"]
-METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"]
+FOR_VIEWERS = [TOKEN, "A-note-for-viewers", "What-the-job-has-printed", "An-agent-of-the-job",
+               "a-run-of-the-job", "phone", "/api/heartbeat/", "192.0.2.77", "a-mistyped-set",
+               "unkn", "no-such-action", "larm.toml", "error occurred"]
 
 
 @pytest.fixture(scope="module")
-def eventful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Process]]:
-    """Larms with output, events and failed deliveries: one closed, two public, one local."""
-    guard = f'password = "{PASSWORD}"\n'
-    started: list[Process] = []
-    try:
-        for text in (guard, f"{guard}public = true\n", "public = true\n", ""):
-            process = launch(tmp_path_factory.mktemp("eventful"), text + TOML)
-            started.append(process)
-            process.ping(TOKEN)
-            process.get(f"/api/heartbeat/{TOKEN}/fail?rid=a-run-of-the-job", "POST",
-                        OUTPUT.encode(), {"User-Agent": AGENT})
-        for process in started:
-            wait_until(lambda one=process: one.rows("SELECT 1 FROM deliveries WHERE attempts > 0"))
-        yield started
-    finally:
-        for one in started:
-            one.kill()
+def eventful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, House]]:
+    """Larms in which all that may be told has happened."""
+    channel = "json://someone:a-password-of-the-channel@127.0.0.1:9/a-path-of-the-channel"
+    watchdog = '[watchdog]\nping = "http://127.0.0.1:9/api/heartbeat/a-token-of-the-watchdog"\n'
+    toml = channels(phone=channel) + JOB + monitor("made", "1d") + watchdog
+    built = {}
+    for setup in ("closed", "public", "local", "local and public"):
+        one = House(tmp_path_factory.mktemp("larm"), SETUPS[setup].replace("nas.lan", "localhost")
+                    + toml)
+        built[setup] = one
+        one.tokens["job"] = TOKEN
+        sent = {"USER_AGENT": "An-agent-of-the-job", "X_FORWARDED_FOR": "192.0.2.77"}
+        one.ping("job")
+        one.ping("job", "fail", "What-the-job-has-printed", "a-run-of-the-job", **sent)
+        one.ping("job", "no-such-action")
+        one.ask("/api/heartbeat/unknown-token-of-a-typo", peer="192.0.2.77")
+        for _ in range(3):
+            one.watch(5 * SECOND)
+            one.deliver()
+        visit(one, "POST /monitor/job/test", HERE, **VIEWER)
+        visit(one, "POST /api/v1/channels/phone/test", HERE, **VIEWER)
+        one.save(one.text + "a-mistyped-set = 1\n")
+    yield built
+    for one in built.values():
+        one.stop()
 
 
-def paths(process: Process) -> list[str]:
-    """Every path of the table for every monitor, what pages link to, and what is not there."""
-    known = {row.path.replace("job", key) for row in ROWS for key in ("job", "made", "nobody")}
-    known |= {f"{path}?limit=-1" for path in known} | {"/nothing", "/api/nothing", "/api/v1/%ff"}
-    pages = [process.get(path, headers=given).body.decode()
-             for path in ("/", "/monitor/job") for given in (stranger(), basic(PASSWORD))]
-    links = {link for page in pages for link in re.findall(r'(?:href|src|action)="(/[^"]*)"', page)}
-    return sorted(known | links)
-
-
-def everything(process: Process, given: dict[str, str]) -> dict[str, str]:
-    """Each answer whole, head and body, by what was asked."""
+def everything(house: House, peer: str, headers: dict[str, str]) -> dict[str, str]:
+    """Each answer whole, head and body, by what was asked: every path of the table for every
+    monitor, what is not there, what can't be asked, and what the pages ask for again.
+    """
+    paths = {row.split()[1].replace("job", key) for row in ROWS for key in ("job", "made", "no")}
+    paths |= {f"{path}?limit=-1&before=1&q=a" for path in paths}
+    paths |= {"/nothing", "/api/nothing", "/api/v1/%ff", "/..%2flarm.toml", "/monitor/job?before=9"}
     found = {}
-    for path, method in itertools.product(paths(process), METHODS):
-        body = b"" if method in ("POST", "PUT") else None
-        answer = process.get(path, method, body, stranger(given))
-        found[f"{method} {path}"] = f"{answer.headers}\n{answer.body.decode()}"
+    for path, method in itertools.product(sorted(paths), ("GET", "HEAD", "POST", "OPTIONS", "FOO")):
+        for more in ({}, {"X_LARM_REFRESH": "1"}) if method == "GET" else ({},):
+            if "heartbeat/" in path:
+                continue  # it says the same to all (law 1)
+            answer = house.ask(path, method, b"", peer or stranger(), **headers, **more)
+            found[f"{method} {path} {more}"] = f"{answer.headers}\n{answer.body.decode()}"
     return found
 
 
-def test_no_secret_reaches_who_is_not_a_viewer(eventful):
-    for process, given in itertools.product(eventful, ({}, basic("wrong"))):
-        [made] = process.rows("SELECT made_token FROM monitors WHERE key = 'made'")
-        answers = everything(process, given)
-        assert len(answers) > 200
-        for secret in (*NEVER, *FOR_VIEWERS, made["made_token"]):
-            told = [name for name, text in answers.items() if secret in text]
-            assert told == [], secret
+def made_token(house: House) -> str:
+    answer = house.ask("/api/v1/monitors/made", **VIEWER)
+    return str(answer.json["data"]["ping_url"]).rpartition("/")[2]
+
+
+def told(answers: dict[str, str], secret: str) -> list[str]:
+    return [name for name, text in answers.items() if secret in text]
+
+
+@pytest.mark.parametrize(("setup", "headers"), [
+    ("closed", {}), ("closed", {"AUTHORIZATION": basic("wrong")}), ("public", {}),
+    ("public", {"AUTHORIZATION": basic("wrong")}), ("local", {}), ("local and public", {}),
+], ids=str)
+def test_no_secret_reaches_who_is_not_a_viewer(eventful, setup, headers):
+    answers = everything(eventful[setup], "" if headers else FAR, headers)
+    assert len(answers) > 200
+    found = {secret: told(answers, secret) for secret in (*NEVER, *FOR_VIEWERS)}
+    if setup.startswith("local"):  # who is refused is told how to set a password
+        found["larm.toml"] = [one for one in found["larm.toml"] if "add" not in answers[one]]
+    refusals = ("Give the password that is set in larm.toml", )
+    found["larm.toml"] = [one for one in found["larm.toml"]
+                          if not any(text in answers[one] for text in refusals)]
+    assert {secret: where for secret, where in found.items() if where} == {}
+    assert told(answers, made_token(eventful[setup])) == []
 
 
 def test_a_channels_url_and_the_password_reach_not_even_viewers(eventful):
-    for process, given in ((eventful[0], basic(PASSWORD)), (eventful[3], None)):
-        for path, method in itertools.product(paths(process), METHODS):
-            body = b"" if method in ("POST", "PUT") else None
-            answer = process.get(path, method, body, given)
-            text = f"{answer.headers}\n{answer.body.decode()}"
-            assert [secret for secret in NEVER if secret in text] == [], f"{method} {path}"
+    for setup, headers in (("closed", VIEWER), ("local", {})):
+        answers = everything(eventful[setup], HERE, headers)
+        assert [secret for secret in NEVER if told(answers, secret)] == []
 
 
 def test_viewers_find_what_others_do_not(eventful):
     """So that the tests above look for the right words."""
-    answers = "".join(everything(eventful[0], basic(PASSWORD)).values())
-    [made] = eventful[0].rows("SELECT made_token FROM monitors WHERE key = 'made'")
-    assert [one for one in (*FOR_VIEWERS, made["made_token"]) if one not in answers] == []
+    answers = everything(eventful["closed"], FAR, VIEWER)
+    assert [secret for secret in FOR_VIEWERS if not told(answers, secret)] == []
+    assert told(answers, made_token(eventful["closed"]))
 
 
-def test_no_secret_is_in_the_log(eventful):
-    for process in eventful:
-        assert process.log
-        secrets = (*NEVER, TOKEN, OUTPUT, AGENT, "A-note-for-viewers", "/api/heartbeat/")
-        assert [secret for secret in secrets if secret in process.log] == []
+def test_in_public_the_api_leaves_out_what_is_for_viewers(eventful):
+    def both(path: str) -> tuple[list[dict], list[dict]]:
+        """What a stranger and what a viewer gets."""
+        answers = (eventful["public"].ask(f"/api/v1/{path}", peer=FAR, **given).json["data"]
+                   for given in ({}, VIEWER))
+        return tuple(one if isinstance(one, list) else [one] for one in answers)
+
+    theirs, ours = both("monitors/job")
+    assert (ours[0]["channels"], ours[0]["note"]) == (["phone"], "A-note-for-viewers")
+    assert theirs == [ours[0] | {"channels": [], "note": None, "ping_url": None}]
+    theirs, ours = both("monitors/job/heartbeats")
+    assert ours[0]["from"] == "192.0.2.77"
+    assert theirs == [one | dict.fromkeys(("from", "user_agent", "rid", "body")) for one in ours]
+    theirs, ours = both("events")
+    assert ours[0]["deliveries"]
+    assert theirs == [one | {"deliveries": []} for one in ours]
+    theirs, ours = both("summary")
+    assert theirs == ours
+
+
+def test_no_secret_is_in_the_log(eventful, caplog):
+    caplog.set_level(logging.INFO)  # as `serve` has it
+    house = eventful["closed"]
+    everything(house, "", {"AUTHORIZATION": basic("wrong")})
+    house.ping("job")
+    house.clock.advance(HOUR)
+    house.ping("job", "fail", "What-the-job-has-printed")
+    house.watch(10 * SECOND)
+    house.deliver()
+    house.save(house.text.replace("a-mistyped-set = 1\n", "x = 2\n"))
+    assert caplog.text
+    secrets = (*NEVER, TOKEN, "What-the-job-has-printed", "A-note-for-viewers", "/api/heartbeat/")
+    assert [secret for secret in secrets if secret in caplog.text] == []

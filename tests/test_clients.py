@@ -4,28 +4,45 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import requests
-from conftest import TOKEN, Process
+from conftest import Process, launch
 
-JOB = f'[monitors.job]\ninterval = "1d"\ntoken = "{TOKEN}"\n'
+KEYS = [f"job-{number:02}" for number in range(30)]
 BODY = "line one\nöre ✓\n"
 
 
-@pytest.fixture
-def larm(start) -> Process:
-    return start(JOB)
+@pytest.fixture(scope="module")
+def larm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Iterator[str]]]:
+    """A running Larm, and keys of it that nobody has pinged."""
+    process = launch(tmp_path_factory.mktemp("larm"), "".join(
+        f'[monitors.{key}]\ninterval = "1d"\ntoken = "a-token-for-{key}"\n' for key in KEYS
+    ))  # fmt: skip
+    yield process, iter(KEYS)
+    process.kill()
+
+
+@dataclass
+class Target:
+    larm: Process
+    key: str
+
+    @property
+    def url(self) -> str:
+        return f"{self.larm.url}/api/heartbeat/a-token-for-{self.key}"
+
+    def stored(self) -> list[tuple[object, ...]]:
+        found = self.larm.get(f"/api/v1/monitors/{self.key}/heartbeats").json["data"]
+        return [tuple(one[name] for name in ("signal", "method", "exit_status", "body"))
+                for one in found[::-1]]  # fmt: skip
 
 
 @pytest.fixture
-def url(larm: Process) -> str:
-    return f"{larm.url}/api/heartbeat/{TOKEN}"
-
-
-def stored(larm: Process) -> list[tuple[object, ...]]:
-    rows = larm.rows("SELECT signal, method, exit_status, body FROM heartbeats")
-    return [tuple(row.values()) for row in rows]
+def job(larm) -> Target:
+    return Target(larm[0], next(larm[1]))
 
 
 def run(*command: str) -> str:
@@ -52,77 +69,77 @@ def ruby(script: str) -> str:
 # curl
 
 
-def test_curl_is_stored(larm, url):
-    assert curl(url) == '{"status": "ok"}'
-    assert stored(larm) == [("success", "GET", None, None)]
+def test_curl_is_stored(job):
+    assert curl(job.url) == '{"status": "ok"}'
+    assert job.stored() == [("success", "GET", None, None)]
 
 
-def test_curl_sends_the_exit_status_and_the_output(larm, url):
-    curl("--data-binary", BODY, f"{url}/3")
-    assert stored(larm) == [("fail", "POST", 3, BODY)]
+def test_curl_sends_the_exit_status_and_the_output(job):
+    curl("--data-binary", BODY, f"{job.url}/3")
+    assert job.stored() == [("fail", "POST", 3, BODY)]
 
 
-def test_curl_sends_what_it_reads_from_a_pipe(larm, url, tmp_path):
+def test_curl_sends_what_it_reads_from_a_pipe(job, tmp_path):
     output = tmp_path / "output"
     output.write_text("x" * 2_000_000 + BODY)
-    run("sh", "-c", f"cat {output} | curl -fsS -m 10 -T - {url}/log")  # chunked
-    [(signal, method, _, body)] = stored(larm)
+    run("sh", "-c", f"cat {output} | curl -fsS -m 10 -T - {job.url}/log")  # chunked
+    [(signal, method, _, body)] = job.stored()
     assert (signal, method, len(body.encode()), body[-15:]) == ("log", "PUT", 10_000, BODY)
 
 
-def test_curl_asks_for_the_head(larm, url):
-    assert curl("-I", url).startswith("HTTP/1.1 200")
-    assert stored(larm) == [("success", "HEAD", None, None)]
+def test_curl_asks_for_the_head(job):
+    assert curl("-I", job.url).startswith("HTTP/1.1 200")
+    assert job.stored() == [("success", "HEAD", None, None)]
 
 
 @pytest.mark.parametrize("version", ["--http1.0", "--http1.1", "--http2"])
-def test_curl_speaks_any_version_of_http(larm, url, version):
-    curl(version, url)
-    assert stored(larm) == [("success", "GET", None, None)]
+def test_curl_speaks_any_version_of_http(job, version):
+    curl(version, job.url)
+    assert job.stored() == [("success", "GET", None, None)]
 
 
 # Python
 
 
-def test_requests_is_stored(larm, url):
-    assert requests.get(url, timeout=10).json() == {"status": "ok"}
-    assert stored(larm) == [("success", "GET", None, None)]
+def test_requests_is_stored(job):
+    assert requests.get(job.url, timeout=10).json() == {"status": "ok"}
+    assert job.stored() == [("success", "GET", None, None)]
 
 
-def test_a_session_of_requests_is_stored(larm, url):
+def test_a_session_of_requests_is_stored(job):
     with requests.Session() as session:
-        session.get(f"{url}/start", timeout=10)
-        session.post(f"{url}/0", data=BODY.encode(), timeout=10)
-    assert stored(larm) == [("start", "GET", None, None), ("success", "POST", 0, BODY)]
+        session.get(f"{job.url}/start", timeout=10)
+        session.post(f"{job.url}/0", data=BODY.encode(), timeout=10)
+    assert job.stored() == [("start", "GET", None, None), ("success", "POST", 0, BODY)]
 
 
-def test_requests_sends_a_generator(larm, url):
-    requests.post(url, data=iter([b"one ", b"two"]), timeout=10)  # chunked
-    assert stored(larm) == [("success", "POST", None, "one two")]
+def test_requests_sends_a_generator(job):
+    requests.post(job.url, data=iter([b"one ", b"two"]), timeout=10)  # chunked
+    assert job.stored() == [("success", "POST", None, "one two")]
 
 
 # Node
 
 
-def test_nodes_fetch_is_stored(larm, url):
-    script = f'const answer = await fetch("{url}"); console.log((await answer.json()).status)'
+def test_nodes_fetch_is_stored(job):
+    script = f'const answer = await fetch("{job.url}"); console.log((await answer.json()).status)'
     assert node(script) == "ok\n"
-    assert stored(larm) == [("success", "GET", None, None)]
+    assert job.stored() == [("success", "GET", None, None)]
 
 
-def test_nodes_fetch_sends_a_body(larm, url):
-    node(f'await fetch("{url}/fail", {{method: "POST", body: "line one\\nöre ✓\\n"}})')
-    assert stored(larm) == [("fail", "POST", None, BODY)]
+def test_nodes_fetch_sends_a_body(job):
+    node(f'await fetch("{job.url}/fail", {{method: "POST", body: "line one\\nöre ✓\\n"}})')
+    assert job.stored() == [("fail", "POST", None, BODY)]
 
 
 # Ruby
 
 
-def test_rubys_net_http_is_stored(larm, url):
-    assert ruby(f'puts Net::HTTP.get(URI("{url}"))') == '{"status": "ok"}\n'
-    assert stored(larm) == [("success", "GET", None, None)]
+def test_rubys_net_http_is_stored(job):
+    assert ruby(f'puts Net::HTTP.get(URI("{job.url}"))') == '{"status": "ok"}\n'
+    assert job.stored() == [("success", "GET", None, None)]
 
 
-def test_rubys_net_http_sends_a_body(larm, url):
-    ruby(f'Net::HTTP.post(URI("{url}/0"), "line one\\nöre ✓\\n")')
-    assert stored(larm) == [("success", "POST", 0, BODY)]
+def test_rubys_net_http_sends_a_body(job):
+    ruby(f'Net::HTTP.post(URI("{job.url}/0"), "line one\\nöre ✓\\n")')
+    assert job.stored() == [("success", "POST", 0, BODY)]

@@ -22,6 +22,7 @@ JOB = '[monitors.job]\ninterval = "1d"\n'
 TWO = f'[monitors.job]\nname = "The job"\ninterval = "1d"\ntoken = "{TOKEN}"\n' \
       '[monitors.other]\ninterval = "1h"\n'
 COLOUR = "\033["
+NOT_RUNNING = "Larm is not running: nobody watches\n"
 
 
 def refusal(result, exit_code):
@@ -134,7 +135,7 @@ def test_the_file_may_be_named_before_or_after_the_verb(arguments, tmp_path):
 def test_status_before_the_first_start_shows_every_monitor_pending(tmp_path):
     write_config(tmp_path, TWO)
     result = run_larm(tmp_path, "status")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (0, NOT_RUNNING)
     heading, job, other = table(result.stdout)
     assert heading == ["MONITOR", "STATE", "SINCE", "LAST HEARTBEAT", "NEXT DUE", "PING URL"]
     assert (job[:2], other[:2]) == (["job", "pending"], ["other", "pending"])
@@ -222,7 +223,8 @@ def test_status_on_a_terminal_shows_the_state_in_colour(tmp_path):
     write_config(tmp_path, JOB)
     printed = on_a_terminal(tmp_path, "status")
     assert re.search(r"\033\[\d+mpending *\033\[0m", printed)
-    assert re.sub(r"\033\[\d+m", "", printed) == run_larm(tmp_path, "status").stdout
+    plain = run_larm(tmp_path, "status").stdout
+    assert re.sub(r"\033\[\d+m", "", printed) == NOT_RUNNING + plain
 
 
 def test_NO_COLOR_is_respected_on_a_terminal(tmp_path):
@@ -247,7 +249,7 @@ def test_status_imports_nothing_heavy(tmp_path):
 def test_status_works_where_the_terminal_is_not_utf_8(arguments, tmp_path):
     write_config(tmp_path, JOB + 'name = "Säkerhet ✓"\n')
     result = run_larm(tmp_path, "status", *arguments, PYTHONIOENCODING="latin-1:strict")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (0, NOT_RUNNING)
 
 
 def test_a_reader_that_has_had_enough_is_no_error(tmp_path):
@@ -259,7 +261,7 @@ def test_a_reader_that_has_had_enough_is_no_error(tmp_path):
         stderr=subprocess.PIPE, timeout=60, check=False,
     )
     os.close(theirs)
-    assert result.stderr == b""
+    assert result.stderr == NOT_RUNNING.encode()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
@@ -271,7 +273,8 @@ def test_an_output_that_is_full_is_one_line(tmp_path):
             stderr=subprocess.PIPE, text=True, timeout=60, check=False,
         )
     assert result.returncode != 0
-    assert re.fullmatch(r"[^\n]*No space left on device[^\n]*\n", result.stderr), result.stderr
+    said = result.stderr.removeprefix(NOT_RUNNING)
+    assert re.fullmatch(r"[^\n]*No space left on device[^\n]*\n", said), result.stderr
 
 
 # test
@@ -420,7 +423,7 @@ def test_a_terminal_is_told_how_to_ping_what_was_never_pinged(tmp_path):
     port = free_port()
     write_config(tmp_path, f'listen = "127.0.0.1:{port}"\n{TWO}')
     url = f"http://127.0.0.1:{port}/api/heartbeat/{TOKEN}"
-    command = f"curl -fsS -m 10 --retry 5 {url}"
+    command = f"curl -fsS -m 10 --retry 5 --retry-connrefused -o /dev/null {url}"
     assert command in on_a_terminal(tmp_path, until=command.encode())
 
 
@@ -462,3 +465,49 @@ def test_what_nobody_has_thought_of_is_a_line_too(monkeypatch, capsys, caplog):
         "larm.py failed: KeyError: 'surprise'; please report it"
     )
     assert "a thread failed" in caplog.text
+
+
+# add
+
+
+def test_add_appends_a_monitor_and_prints_the_line_for_its_job(tmp_path):
+    path = write_config(tmp_path, "# mine\n" + JOB.rstrip())
+    before = path.read_bytes()
+    result = run_larm(tmp_path, "add", "report", "0", "3", "*", "*", "0")
+    assert result.returncode == 0, result.stderr
+    assert path.read_bytes().startswith(before)
+    assert "larm.py run report -- COMMAND" in result.stdout
+    assert run_larm(tmp_path, "add", "backup", "1d").returncode == 0
+    listed = json.loads(run_larm(tmp_path, "status", "--json").stdout)["data"]
+    assert [one["id"] for one in listed] == ["job", "report", "backup"]
+    assert listed[1]["schedule"] == "0 3 * * 0"
+    assert listed[2]["interval_seconds"] == 86_400
+
+
+def test_add_keeps_the_files_own_line_ends(tmp_path):
+    path = write_config(tmp_path, "")
+    path.write_bytes(JOB.replace("\n", "\r\n").encode())
+    assert run_larm(tmp_path, "add", "backup", "1d").returncode == 0
+    assert b"\r\n[monitors.backup]\r\ninterval = " in path.read_bytes()
+    assert b"\n" not in path.read_bytes().replace(b"\r\n", b"")
+
+
+@pytest.mark.parametrize("words", [["job", "1d"], ["Bad Key", "1d"], ["new", "5 parsecs"],
+                                   ["new", "0 3 31 2 *"], ["a.b", "1d"]])
+def test_add_changes_nothing_where_that_would_be_a_mistake(tmp_path, words):
+    path = write_config(tmp_path, JOB)
+    result = run_larm(tmp_path, "add", *words)
+    assert result.returncode in (1, 2)
+    assert result.stderr.endswith("nothing was added\n")
+    assert "Traceback" not in result.stderr
+    assert path.read_text() == JOB
+
+
+def test_two_adds_at_once_both_count(tmp_path):
+    write_config(tmp_path, JOB)
+    command = [sys.executable, str(ROOT / "larm.py"), "add"]
+    adds = [subprocess.Popen([*command, f"job-{number}", "1d"], cwd=tmp_path,
+                             stdout=subprocess.DEVNULL) for number in range(4)]
+    assert [one.wait(60) for one in adds] == [0] * 4
+    listed = json.loads(run_larm(tmp_path, "status", "--json").stdout)["data"]
+    assert sorted(one["id"] for one in listed) == ["job", "job-0", "job-1", "job-2", "job-3"]

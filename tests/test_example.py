@@ -22,8 +22,8 @@ ENVIRONMENT = {
 }
 
 # The dataclasses' fields, as larm.toml calls them.
-TOP = {field.name for field in dataclasses.fields(larm.Config)} - {"path", "host", "port"}
-TOP |= {"listen", "defaults"}
+TOP = {field.name for field in dataclasses.fields(larm.Config)} - {"path", "zone_trouble"}
+TOP |= {"defaults"}
 MONITOR = {field.name for field in dataclasses.fields(larm.Monitor)} - {"key"} | {"timezone"}
 WATCHDOG = {field.name for field in dataclasses.fields(larm.Watchdog)}
 
@@ -76,9 +76,27 @@ def test_what_the_example_sets_at_the_top_are_the_defaults(tmp_path, monkeypatch
     (tmp_path / "larm.toml").write_text('[monitors.job]\ninterval = "1d"\n')
     default = larm.load(tmp_path / "larm.toml", {})
     example = larm.load(EXAMPLE, {})
-    for name in TOP - {"listen", "defaults", "monitors", "database"} | {"host", "port"}:
+    for name in TOP - {"defaults", "monitors", "database"}:
         assert getattr(example, name) == getattr(default, name), name
     assert example.database.name == default.database.name
+
+
+def test_no_defaults_in_force_hide_those_of_larm():
+    assert "defaults" not in tomllib.loads(EXAMPLE.read_text())
+
+
+@pytest.mark.parametrize(("name", "said", "default"), [
+    ("name", "the id", "job"), ("grace", "a tenth of it, at most 1h", larm.HOUR),
+    ("token", "made by Larm", None), ("notify", "every channel", ("a",)), ("remind", "never", None),
+    ("quiet", "[]", ()), ("max_runtime", "any time", None), ("depends_on", "[]", ()),
+    ("enabled", "true", True), ("note", "none", ""),
+])  # fmt: skip
+def test_the_default_that_a_comment_names_is_larms(name, said, default, tmp_path):
+    own = re.search(rf"^# {name} = (?:.|\n +#)+Default(?:.|\n +#)+", EXAMPLE.read_text(), re.M)
+    assert f"Default: {said}" in own[0]
+    text = '[channels]\na = "json://a"\n[monitors.job]\ninterval = "1d"\n'
+    (tmp_path / "larm.toml").write_text(text)
+    assert getattr(larm.load(tmp_path / "larm.toml", {}).monitors["job"], name) == default
 
 
 def test_every_setting_of_the_example_has_its_comment_beside_it():

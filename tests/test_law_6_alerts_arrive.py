@@ -2,476 +2,460 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
+import time
 
 import apprise
 import pytest
-from conftest import START, House, Webhook, wait_until
+from conftest import START, House, wait_until
+from receivers import Phone, channels, deliveries, live, monitor, ping_all, states
 
-import larm as program
+from larm import DAY, HOUR, MINUTE, SECOND, Unrecordable
 
-SECOND, MINUTE, HOUR, DAY = 1_000, 60_000, 3_600_000, 86_400_000
-ALL_PAUSES = [10 * SECOND, 30 * SECOND, MINUTE, 5 * MINUTE, 15 * MINUTE, HOUR, HOUR, HOUR]
-
-
-def channels(**urls: str) -> str:
-    return "[channels]\n" + "".join(f'{name} = "{url}"\n' for name, url in urls.items())
+PAUSES = [10 * SECOND, 30 * SECOND, MINUTE, 5 * MINUTE, 15 * MINUTE, HOUR, HOUR]
+DAYLONG = {"interval": "1d", "grace": "1h"}  # nothing of it is due while alerts are tried again
 
 
-def monitors(*keys: str) -> str:
-    return "".join(f'[monitors.{key}]\ninterval = "1m"\ngrace = "10s"\n' for key in keys)
+@pytest.fixture
+def phone() -> Phone:
+    return Phone()
 
 
-def deliveries(larm: House, channel: str = "phone") -> list[tuple[str, int]]:
-    rows = larm.rows(
-        "SELECT state, attempts FROM deliveries WHERE channel = ? ORDER BY id", channel
-    )
-    return [(row["state"], row["attempts"]) for row in rows]
+@pytest.fixture
+def larm(house, phone) -> House:
+    return house(channels(phone) + monitor("job", **DAYLONG))
 
 
-def states(larm: House, channel: str = "phone") -> list[str]:
-    return [state for state, _ in deliveries(larm, channel)]
-
-
-def attempt_after(larm: House, ms: int) -> None:
-    """Let time pass, then send all that the channel has due."""
-    larm.clock.advance(ms)
-    while larm.notifier.attempt("phone"):
-        pass
-
-
-def next_try(larm: House) -> int:
-    """Milliseconds until then."""
-    [row] = larm.rows("SELECT MIN(due_at) AS at FROM deliveries WHERE state = 'pending'")
-    return int(row["at"]) - larm.clock.now()
+@pytest.fixture
+def refused(larm, phone) -> House:
+    """A Larm whose alert was refused once."""
+    phone.answer = False
+    larm.ping("job", "fail")
+    live(larm)
+    assert phone.tries == 1
+    return larm
 
 
 # Sent means accepted
 
 
-def test_an_accepted_alert_is_sent_and_stays_so(house, webhook):
-    larm = house(channels(phone=webhook.url) + monitors("job"))
+def test_an_accepted_alert_is_sent_once_and_stays_so(larm, phone):
     larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    attempt_after(larm, HOUR)
-    assert deliveries(larm) == [("sent", 1)]
-    assert webhook.titles() == ["DOWN: job"]
+    live(larm)
+    live(larm, 3 * HOUR, step=MINUTE)
+    [delivery] = deliveries(larm)
+    assert (delivery["state"], delivery["attempts"], delivery["error"]) == ("sent", 1, None)
+    assert phone.titles() == ["DOWN: job"]
 
 
-def test_a_refused_alert_stays_pending_with_the_reason(house, webhook):
-    webhook.answer = 500
-    larm = house(channels(phone=webhook.url) + monitors("job"))
+def test_a_refused_alert_is_pending_with_the_reason_and_arrives_once_it_is_accepted(refused, phone):
+    [delivery] = deliveries(refused)
+    assert (delivery["state"], delivery["attempts"]) == ("pending", 1)
+    assert delivery["error"]
+    phone.answer = True
+    live(refused, 15 * SECOND)
+    [delivery] = deliveries(refused)
+    assert (delivery["state"], delivery["attempts"]) == ("sent", 2)
+    assert phone.titles() == ["DOWN: job"]
+
+
+def test_the_pauses_grow_from_10_s_to_an_hour(refused, phone):
+    for tried, pause in enumerate(PAUSES, 1):
+        live(refused, pause * 95 // 100, step=DAY)
+        assert phone.tries == tried, pause
+        live(refused, pause // 5, step=DAY)
+        assert phone.tries == tried + 1, pause
+
+
+def test_channels_that_failed_together_are_not_all_tried_again_in_the_same_moment(house):
+    phones = [Phone(f"phone-{number}", answer=False) for number in range(12)]
+    larm = house(channels(*phones) + monitor("job", **DAYLONG))
     larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    assert deliveries(larm) == [("pending", 1)]
-    [row] = larm.rows("SELECT error FROM deliveries")
-    assert "500" in row["error"]
-    assert "hook" not in row["error"]
+    live(larm)
+    tried_again = []
+    for _ in range(20):
+        live(larm, 100, step=100)
+        assert {phone.tries for phone in phones} == {1}
+        larm.clock.advance(350)
+    for _ in range(25):
+        live(larm, 100, step=100)
+        tried_again.append(sum(phone.tries == 2 for phone in phones))
+    assert tried_again[-1] == 12
+    assert len(set(tried_again)) >= 4
 
 
-def test_a_refused_alert_arrives_once_it_is_accepted(house, webhook):
-    webhook.answer = 503
-    larm = house(channels(phone=webhook.url) + monitors("job"))
-    larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    webhook.answer = 200
-    attempt_after(larm, 11 * SECOND)
-    assert deliveries(larm) == [("sent", 2)]
-    assert len(webhook.alerts) == 1
-
-
-def test_the_pauses_grow_to_an_hour_with_up_to_a_tenth_of_jitter(house, webhook):
-    webhook.answer = 500
-    larm = house(channels(phone=webhook.url) + monitors("job"))
-    larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    for tried, pause in enumerate(ALL_PAUSES, 1):
-        assert webhook.refused == tried
-        assert pause <= next_try(larm) <= 1.1 * pause
-        attempt_after(larm, next_try(larm) - 1)
-        assert webhook.refused == tried
-        attempt_after(larm, 1)
-
-
-def test_after_3_days_of_refusals_a_delivery_has_failed(house, webhook):
-    webhook.answer = 500
-    larm = house(channels(phone=webhook.url) + monitors("job"))
-    larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    while states(larm) == ["pending"]:
-        given_up_after = larm.clock.now() - START
-        attempt_after(larm, next_try(larm))
-    assert given_up_after <= 3 * DAY + 3 * SECOND < larm.clock.now() - START
-    assert states(larm) == ["failed"]
-    refused = webhook.refused
-    attempt_after(larm, DAY)
-    assert webhook.refused == refused
-
-
-def test_what_came_later_is_tried_for_its_own_3_days(house, webhook):
-    webhook.answer = 500
-    larm = house(channels(phone=webhook.url) + monitors("old", "new"))
+def test_after_3_days_a_delivery_has_failed_and_what_came_later_has_3_days_of_its_own(house, phone):
+    phone.answer = False
+    larm = house(channels(phone) + monitor("old", **DAYLONG) + monitor("new", **DAYLONG))
     larm.ping("old", "fail")
-    attempt_after(larm, 3 * SECOND)
-    larm.clock.advance(2 * DAY)
+    live(larm)
+    live(larm, 2 * DAY, step=HOUR)
     larm.ping("new", "fail")
-    attempt_after(larm, 3 * SECOND)
-    attempt_after(larm, DAY)
+    live(larm, DAY - 2 * HOUR, step=HOUR)
+    assert states(larm) == ["pending", "pending"]
+    live(larm, 4 * HOUR, step=10 * MINUTE)
     assert states(larm) == ["failed", "pending"]
-    webhook.answer = 200
-    attempt_after(larm, HOUR * 2)
+    phone.answer = True
+    live(larm, 2 * HOUR, step=10 * MINUTE)
     assert states(larm) == ["failed", "sent"]
-    assert webhook.titles() == ["DOWN: new"]
+    assert phone.titles() == ["DOWN: new"]
 
 
-def test_a_clock_that_is_set_neither_delays_nor_hurries_a_retry(house, webhook):
-    webhook.answer = 500
-    larm = house(channels(phone=webhook.url) + monitors("job"))
-    larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    before = next_try(larm)
-    for by in (-HOUR, 30 * DAY):
-        larm.clock.set_wall(by)
-        larm.tick()
-        assert next_try(larm) == before
-    attempt_after(larm, before)
-    assert states(larm) == ["pending"]
+@pytest.mark.parametrize("by", [-HOUR, -30 * DAY, 2 * HOUR, 30 * DAY])
+def test_a_clock_that_is_set_neither_delays_nor_hurries_a_retry(refused, phone, by):
+    refused.clock.set_wall(by)
+    live(refused, 9 * SECOND, step=SECOND)
+    assert phone.tries == 1
+    live(refused, 4 * SECOND, step=SECOND)
+    assert phone.tries == 2
+    assert states(refused) == ["pending"]
 
 
-@pytest.mark.parametrize(
-    ("answer", "state"),
-    [(True, "sent"), (False, "pending"), (None, "pending")],
-)
-def test_only_apprise_s_true_is_a_success(house, webhook, monkeypatch, answer, state):
-    monkeypatch.setattr(apprise.Apprise, "notify", lambda *_, **__: answer)
-    larm = house(channels(phone=webhook.url) + monitors("job"))
-    larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    assert states(larm) == [state]
-
-
-@pytest.mark.parametrize("accepted", [True, False])
-def test_an_object_of_apprise_counts_as_the_bool_that_it_is_like(
-    house, webhook, monkeypatch, accepted
-):
-    class Result:
-        def __bool__(self) -> bool:
-            return accepted
-
-    monkeypatch.setattr(apprise.Apprise, "notify", lambda *_, **__: Result())
-    larm = house(channels(phone=webhook.url) + monitors("job"))
-    larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    assert states(larm) == ["sent" if accepted else "pending"]
-
-
-def test_whatever_apprise_raises_is_a_refusal(house, webhook, monkeypatch):
-    def fails(*_: object, **__: object) -> bool:
-        raise RuntimeError("a plugin's fault")
-
-    monkeypatch.setattr(apprise.Apprise, "notify", fails)
-    larm = house(channels(phone=webhook.url) + monitors("job"))
-    larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    assert deliveries(larm) == [("pending", 1)]
-    [row] = larm.rows("SELECT error FROM deliveries")
-    assert row["error"] == "RuntimeError: a plugin's fault"
-
-
-# Channels
-
-
-def test_every_channel_of_the_monitor_gets_it(house, webhooks):
-    one, two = webhooks(), webhooks()
-    larm = house(channels(phone=one.url, mail=two.url) + monitors("job"))
-    larm.ping("job", "fail")
-    larm.clock.advance(3 * SECOND)
-    larm.notifier.deliver_due()
-    wait_until(lambda: states(larm) + states(larm, "mail") == ["sent", "sent"])
-    assert one.titles() == two.titles() == ["DOWN: job"]
-
-
-def test_a_monitor_s_alerts_go_to_its_own_channels_only(house, webhooks):
-    one, two = webhooks(), webhooks()
-    larm = house(
-        channels(phone=one.url, mail=two.url) + monitors("job") + 'notify = ["phone"]\n'
-        + monitors("quiet") + "notify = []\n"
-    )
-    larm.ping("job", "fail")
-    larm.ping("quiet", "fail")
-    larm.clock.advance(3 * SECOND)
-    larm.notifier.deliver_due()
-    wait_until(lambda: one.alerts)
-    assert larm.rows("SELECT * FROM deliveries WHERE channel = 'mail'") == []
-    assert one.titles() == ["DOWN: job"]
-
-
-@pytest.mark.parametrize("trouble", ["hang", 500])
-def test_a_channel_in_trouble_delays_no_other(house, webhooks, trouble):
-    bad, good = webhooks(), webhooks()
-    bad.answer = trouble
-    larm = house(channels(bad=bad.url, good=good.url) + monitors("job", "other"))
-    for number, key in enumerate(("job", "other"), 1):
-        larm.ping(key, "fail")
-        larm.clock.advance(3 * SECOND)
-        larm.notifier.deliver_due()
-        wait_until(lambda number=number: len(good.alerts) == number, seconds=3)
-    assert bad.alerts == []
-    assert "sent" not in states(larm, "bad")
-    larm.notifier.stop(0)
-
-
-def test_a_channel_that_hangs_has_one_sender(house, webhooks):
-    bad = webhooks()
-    bad.answer = "hang"
-    larm = house(channels(bad=bad.url) + monitors("job", "other"))
-    for key in ("job", "other"):
-        larm.ping(key, "fail")
-        larm.clock.advance(3 * SECOND)
-        for _ in range(5):
-            larm.notifier.deliver_due()
-    senders = [thread for thread in threading.enumerate() if thread.name == "to bad"]
-    assert len(senders) == 1
-    larm.notifier.stop(0)
-
-
-def test_each_url_of_a_channel_gets_it(house, webhooks):
-    one, two = webhooks(), webhooks()
-    larm = house(f'[channels]\nphone = ["{one.url}", "{two.url}"]\n' + monitors("job"))
-    larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    assert states(larm) == ["sent"]
-    assert one.titles() == two.titles() == ["DOWN: job"]
-
-
-def test_a_channel_has_accepted_it_once_each_of_its_urls_has(house, webhooks):
-    one, two = webhooks(), webhooks()
-    two.answer = 500
-    larm = house(f'[channels]\nphone = ["{one.url}", "{two.url}"]\n' + monitors("job"))
-    larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    assert states(larm) == ["pending"]
-    two.answer = 200
-    attempt_after(larm, 11 * SECOND)
-    assert states(larm) == ["sent"]
-    assert two.titles() == ["DOWN: job"]
-
-
-def test_a_channel_that_was_removed_fails_with_the_reason(house, webhook):
-    webhook.answer = 500
-    larm = house(channels(phone=webhook.url) + monitors("job"))
-    larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    larm.reload(monitors("job"))
-    attempt_after(larm, 11 * SECOND)
-    [row] = larm.rows("SELECT state, error FROM deliveries")
-    assert row["state"] == "failed"
-    assert "not in the configuration" in row["error"]
-
-
-def test_a_channel_whose_url_was_corrected_gets_what_is_pending(house, webhooks):
-    wrong, right = webhooks(), webhooks()
-    wrong.answer = 404
-    larm = house(channels(phone=wrong.url) + monitors("job"))
-    larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    larm.reload(channels(phone=right.url) + monitors("job"))
-    attempt_after(larm, 11 * SECOND)
-    assert right.titles() == ["DOWN: job"]
-
-
-# Order and digests
-
-
-def test_alerts_arrive_in_the_order_of_their_events(house, webhook):
-    webhook.answer = 500
-    larm = house(channels(phone=webhook.url) + monitors("one", "two"))
-    larm.ping("one", "fail")
-    attempt_after(larm, 3 * SECOND)
-    larm.ping("two", "fail")  # due before the first one's next try
-    webhook.answer = 200
-    attempt_after(larm, 3 * SECOND)
-    body = "".join(alert["message"] for alert in webhook.alerts)
-    assert body.index("one is down") < body.index("two is down")
-    attempt_after(larm, MINUTE)
-    assert states(larm) == ["sent", "sent"]
-
-
-def test_several_alerts_within_3_s_are_one_message(house, webhook):
-    larm = house(channels(phone=webhook.url) + monitors("one", "two", "three"))
-    for key in ("one", "two", "three"):
-        larm.ping(key, "fail")
-        larm.clock.advance(1_400)
-        assert not larm.notifier.attempt("phone") or key == "three"
-    attempt_after(larm, 0)
-    [alert] = webhook.alerts
-    assert alert["title"] == "DOWN: 3 monitors"
-    for key in ("one", "two", "three"):
-        assert f"{key} is down" in alert["message"]
-        assert f"http://127.0.0.1:5276/monitor/{key}" in alert["message"]
-
-
-def test_alerts_more_than_3_s_apart_are_several_messages(house, webhook):
-    larm = house(channels(phone=webhook.url) + monitors("one", "two", "three"))
-    for key in ("one", "two", "three"):
-        larm.ping(key, "fail")
-        larm.clock.advance(3 * SECOND)
-    attempt_after(larm, 3 * SECOND)  # all at once, as after the first attempt was held up
-    assert webhook.titles() == ["DOWN: one", "DOWN: two", "DOWN: three"]
-
-
-def test_the_first_alert_waits_no_longer_than_3_s_for_others(house, webhook):
-    larm = house(channels(phone=webhook.url) + monitors("job"))
-    larm.ping("job")
-    larm.watch_for(70_100)
-    larm.clock.advance(3 * SECOND)
-    larm.notifier.attempt("phone")
-    assert webhook.titles() == ["DOWN: job"]
-
-
-def test_500_alerts_are_one_message_that_says_how_many_more(house, webhook):
-    keys = [f"job-{number:03}" for number in range(500)]
-    larm = house(channels(phone=webhook.url) + monitors(*keys))
-    for key in keys:
-        larm.ping(key)
-    larm.watch_for(71_000)
-    attempt_after(larm, 3 * SECOND)
-    [alert] = webhook.alerts
-    assert alert["title"] == "DOWN: 500 monitors"
-    assert alert["message"].count(" is down: ") == 20
-    assert all(key in alert["message"] for key in keys)
-    assert set(states(larm)) == {"sent"}
-
-
-def test_a_down_and_its_up_that_are_both_unsent_are_one_message(house, webhook):
-    webhook.answer = 500
-    larm = house(channels(phone=webhook.url) + monitors("job"))
-    larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    larm.ping("job")
-    webhook.answer = 200
-    attempt_after(larm, MINUTE)
-    [alert] = webhook.alerts
-    assert alert["title"] == "UP: job"
-    assert alert["type"] == "success"
-    assert re.search(r"job was down from .* to .*, for 3 s, and is up again", alert["message"])
-    assert states(larm) == ["sent", "sent"]
-
-
-# Crashes and disks
-
-
-@pytest.mark.parametrize("crash", [False, True])
-def test_what_was_pending_at_the_stop_is_sent_after_the_start_once(house, webhook, crash):
-    larm = house(channels(phone=webhook.url) + monitors("job"))
-    larm.ping("job", "fail")
-    larm.restart(MINUTE, crash=crash)
-    attempt_after(larm, 3 * SECOND)
-    larm.restart(MINUTE, crash=crash)
-    attempt_after(larm, HOUR)
-    assert webhook.titles() == ["DOWN: job"]
+@pytest.mark.parametrize("by", [-30 * DAY, 30 * DAY])
+def test_a_clock_that_is_set_during_an_attempt_gives_nothing_up(refused, phone, by):
+    go = threading.Event()
+    phone.answer = lambda: go.wait(20) and False
+    refused.watch(12 * SECOND)
+    wait_until(lambda: phone.tries == 2)
+    refused.clock.set_wall(by)
+    refused.tick()
+    go.set()
+    refused.larm.notifier.wait(10)
+    assert states(refused) == ["pending"]
+    phone.answer = True
+    live(refused, 40 * SECOND)
+    assert states(refused) == ["sent"]
 
 
 @pytest.mark.parametrize("by", [-HOUR, -30 * DAY, 30 * DAY])
-def test_a_clock_set_while_larm_was_off_delays_no_delivery(house, webhook, by):
-    larm = house(channels(phone=webhook.url) + monitors("job"))
+def test_a_clock_set_while_larm_was_off_delays_no_delivery(larm, phone, by):
     larm.ping("job", "fail")
     larm.stop()
     larm.clock.set_wall(by)
     larm.clock.resync()
     larm.open()
-    attempt_after(larm, 3 * SECOND)
-    assert webhook.titles() == ["DOWN: job"]
+    live(larm)
+    assert "DOWN: job" in "".join(phone.titles() + phone.bodies())
 
 
-def test_what_was_accepted_but_not_noted_before_a_crash_is_sent_again(house, webhook):
-    """At least once: nobody knows of it any more."""
-    larm = house(channels(phone=webhook.url) + monitors("job"))
+class Like:
+    """What Apprise 2 answers with: an object that is like a bool."""
+
+    def __init__(self, accepted: bool) -> None:
+        self.accepted = accepted
+
+    def __bool__(self) -> bool:
+        return self.accepted
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [(True, "sent"), (False, "pending"), (None, "pending"), (Like(True), "sent"),
+     (Like(False), "pending"), (RuntimeError("a plugin's\nfault"), "pending"),
+     (SystemExit(3), "pending")],
+)  # fmt: skip
+def test_only_apprise_s_true_is_a_success_and_what_it_raises_is_a_refusal(
+    larm, monkeypatch, answer, state
+):
+    def answers(*_: object, **__: object) -> object:
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(apprise.Apprise, "notify", answers)
     larm.ping("job", "fail")
-    larm.clock.advance(3 * SECOND)
-    larm.store.failure = "disk full"
-    larm.notifier.deliver_due()
-    wait_until(lambda: webhook.alerts)
-    larm.notifier.stop(5)
-    larm.restart(MINUTE, crash=True)
-    attempt_after(larm, 0)
-    attempt_after(larm, HOUR)
+    live(larm)
+    [delivery] = deliveries(larm)
+    assert (delivery["state"], delivery["attempts"]) == (state, 1)
+    if isinstance(answer, RuntimeError):
+        assert "a plugin's fault" in delivery["error"]
+
+
+# Channels
+
+
+def test_an_alert_goes_to_every_channel_of_its_monitor_and_to_no_other(house, phone):
+    mail = Phone("mail")
+    larm = house(channels(phone, mail) + monitor("both") + monitor("one", notify=["phone"])
+                 + monitor("silent", notify=[]))
+    for key in ("both", "one", "silent"):
+        larm.ping(key, "fail")
+        live(larm)
+    assert phone.titles() == ["DOWN: both", "DOWN: one"]
+    assert mail.titles() == ["DOWN: both"]
+    assert [len(event["deliveries"]) for event in larm.events()] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("trouble", ["hang", "drip", "close", 500])
+def test_a_channel_in_trouble_delays_no_other(house, webhooks, trouble):
+    bad, good = webhooks(), webhooks()
+    bad.answer = trouble
+    larm = house(channels(bad=bad.url, good=good.url) + monitor("job") + monitor("other"))
+    for number, key in enumerate(("job", "other"), 1):
+        larm.ping(key, "fail")
+        larm.watch(5 * SECOND)
+        wait_until(lambda number=number: len(good.alerts) == number, seconds=3)
+    assert good.titles() == ["DOWN: job", "DOWN: other"]
+    assert bad.alerts == []
+    assert "sent" not in states(larm, "bad")
+
+
+@pytest.mark.parametrize("how", ["hang", "drip"])
+def test_an_attempt_that_takes_over_a_minute_has_failed_and_the_next_takes_the_url_in_force(
+    house, webhooks, how
+):
+    wrong, right = webhooks(), webhooks()
+    wrong.answer = how
+    text = monitor("job", **DAYLONG)
+    larm = house(channels(phone=wrong.url + "?rto=300&cto=300") + text)
+    larm.ping("job", "fail")
+    larm.clock.advance(4 * SECOND)
+    larm.tick()
+    wait_until(lambda: wrong.refused == 1)
+    larm.watch(50 * SECOND)
+    assert deliveries(larm)[0]["error"] is None
+    larm.watch(12 * SECOND)
+    wait_until(lambda: deliveries(larm)[0]["error"])
+    assert states(larm) == ["pending"]
+    larm.save(channels(phone=right.url) + text)
+    larm.clock.advance(15 * SECOND)
+    larm.deliver()
+    assert right.titles() == ["DOWN: job"]
     assert states(larm) == ["sent"]
-    assert webhook.titles() == ["DOWN: job", "DOWN: job"]
 
 
-def test_pauses_go_on_where_they_were_after_a_restart(house, webhook):
-    webhook.answer = 500
-    larm = house(channels(phone=webhook.url) + monitors("job"))
+def test_a_url_that_is_corrected_while_an_attempt_hangs_is_used_within_a_minute(house, phone):
+    phone.answer = phone.hang
+    text, right = monitor("job", **DAYLONG), Phone("right")
+    larm = house(channels(phone) + text)
     larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    attempt_after(larm, next_try(larm))
-    larm.restart(0)
-    attempt_after(larm, next_try(larm))
-    assert deliveries(larm) == [("pending", 3)]
-    assert MINUTE <= next_try(larm) <= 1.1 * MINUTE
+    larm.clock.advance(4 * SECOND)
+    larm.tick()
+    wait_until(lambda: phone.tries == 1)
+    larm.save(channels(phone=right.url) + text)
+    for _ in range(80):
+        larm.watch(SECOND)
+        time.sleep(0.005)
+    wait_until(lambda: right.messages)
+    assert right.titles() == ["DOWN: job"]
 
 
-def test_what_was_sent_is_not_sent_again_for_a_full_disk(house, webhook):
-    larm = house(channels(phone=webhook.url) + monitors("job"))
+def test_a_channel_that_always_hangs_takes_few_threads_and_recovers(house, phone):
+    phone.answer = phone.hang
+    text, right = monitor("job", **DAYLONG), Phone("right")
+    larm = house(channels(phone) + text)
+    before = threading.active_count()
     larm.ping("job", "fail")
-    larm.clock.advance(3 * SECOND)
-    larm.store.failure = "disk full"
-    larm.notifier.deliver_due()
-    wait_until(lambda: webhook.alerts)
-    larm.clock.advance(HOUR)
-    larm.notifier.deliver_due()
-    larm.store.failure = None
-    wait_until(lambda: states(larm) == ["sent"])
-    larm.notifier.deliver_due()
-    attempt_after(larm, HOUR)
-    assert webhook.titles() == ["DOWN: job"]
+    for _ in range(40):
+        larm.clock.advance(HOUR)
+        larm.tick()
+        time.sleep(0.02)
+    assert phone.tries >= 2
+    assert threading.active_count() - before <= 10
+    larm.save(channels(phone=right.url) + text)
+    for _ in range(15):
+        larm.watch(5 * SECOND)
+        time.sleep(0.01)
+    wait_until(lambda: right.messages, seconds=3)
 
 
-def test_what_was_sent_is_not_sent_again_for_a_disk_that_hangs(house, webhook, monkeypatch):
-    monkeypatch.setattr(program, "_ANSWER_WITHIN", 0.2)  # seconds, of 30
-    larm = house(channels(phone=webhook.url) + monitors("job"))
+def test_a_url_that_was_corrected_is_tried_at_once(refused, phone):
+    live(refused, 10 * HOUR, step=MINUTE)  # the pauses have grown to an hour
+    right = Phone("right")
+    refused.save(refused.text.replace(phone.url, right.url))
+    live(refused)
+    assert right.titles() == ["DOWN: job"]
+
+
+def test_a_channel_that_was_removed_fails_with_the_reason(refused):
+    refused.save(monitor("job", **DAYLONG))
+    live(refused, 15 * SECOND)
+    [delivery] = deliveries(refused)
+    assert delivery["state"] == "failed"
+    assert "the channel is not in" in delivery["error"]
+
+
+# Order and digests
+
+
+def test_several_alerts_within_3_s_are_one_message_that_lists_each(house, phone):
+    keys = ["one", "two", "three"]
+    larm = house(channels(phone) + "".join(monitor(key) for key in keys))
+    for key in keys:
+        larm.ping(key, "fail")
+        live(larm, 1_400, step=700)
+        assert phone.messages == [] or key == "three"
+    live(larm, SECOND)
+    assert phone.titles() == ["DOWN: 3 monitors"]
+    for key in keys:
+        assert f"{key} is down" in phone.bodies()[0]
+        assert f"http://127.0.0.1:5276/monitor/{key}" in phone.bodies()[0]
+
+
+def test_alerts_more_than_3_s_apart_are_several_messages(house, phone):
+    larm = house(channels(phone) + "".join(monitor(key) for key in ("one", "two", "three")))
+    for key in ("one", "two", "three"):
+        larm.ping(key, "fail")
+        live(larm, 3_500, step=500)
+    live(larm)
+    assert phone.titles() == ["DOWN: one", "DOWN: two", "DOWN: three"]
+
+
+def test_alerts_arrive_in_the_order_of_their_events(house, phone):
+    phone.answer = False
+    larm = house(channels(phone) + monitor("one") + monitor("two"))
+    larm.ping("one", "fail")
+    live(larm)
+    larm.ping("two", "fail")  # due before the first one's next try
+    phone.answer = True
+    live(larm, MINUTE)
+    told = "".join(phone.bodies())
+    assert told.index("one ") < told.index("two is down")
+    assert states(larm) == ["sent", "sent"]
+
+
+def test_500_silent_monitors_are_one_message_a_channel_within_5_s_of_the_deadline(house, phone):
+    mail = Phone("mail")
+    keys = [f"job-{number:03}" for number in range(500)]
+    larm = house(channels(phone, mail) + "".join(monitor(key) for key in keys))
+    ping_all(larm)
+    live(larm, 69 * SECOND, step=3 * SECOND)
+    live(larm, 6 * SECOND, step=SECOND)  # the deadline, and 5 s
+    for one in (phone, mail):
+        assert one.titles() == ["DOWN: 500 monitors"]
+        assert all(key in one.bodies()[0] for key in keys)
+    assert set(states(larm)) == {"sent"}
+
+
+# Stops, crashes and disks
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_what_was_pending_at_the_stop_is_sent_after_the_start_once(larm, phone, crash):
     larm.ping("job", "fail")
-    larm.clock.advance(3 * SECOND)
+    larm.restart(MINUTE, crash=crash)
+    live(larm)
+    larm.restart(MINUTE, crash=crash)
+    live(larm, HOUR, step=MINUTE)
+    assert phone.titles() == ["DOWN: job"]
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_pauses_go_on_where_they_were_after_a_restart(refused, phone, crash):
+    live(refused, MINUTE, step=SECOND)
+    assert phone.tries == 3
+    refused.restart(0, crash=crash)
+    live(refused, 30 * SECOND)
+    assert phone.tries == 3
+    live(refused, 45 * SECOND)
+    assert phone.tries == 4
+    assert deliveries(refused)[0]["attempts"] == 4
+
+
+@pytest.fixture
+def under_way(larm, phone) -> tuple[House, threading.Event]:
+    """A Larm whose alert the channel is about to accept: once the event is set."""
     go = threading.Event()
-    larm.store.submit(lambda _: go.wait(10))
-    larm.notifier.deliver_due()
-    wait_until(lambda: webhook.alerts)
-    wait_until(lambda: larm.store._queue.qsize() > 1)  # noted once more
-    go.set()
+    phone.answer = lambda: go.wait(20)
+    larm.ping("job", "fail")
+    larm.clock.advance(4 * SECOND)
+    larm.tick()
+    wait_until(lambda: phone.tries)
+    return larm, go
+
+
+def test_a_stop_waits_for_what_is_being_sent(under_way, phone):
+    larm, go = under_way
+    threading.Timer(0.2, go.set).start()
+    larm.restart(MINUTE)
+    assert phone.titles() == ["DOWN: job"]
+    live(larm, HOUR, step=MINUTE)
+    assert phone.titles() == ["DOWN: job"]
+    assert states(larm) == ["sent"]
+
+
+def test_what_was_accepted_but_not_noted_before_a_crash_is_sent_again(under_way, phone):
+    """At least once: nobody knows of it any more."""
+    larm, go = under_way
+    with larm.full_disk():
+        go.set()
+        wait_until(lambda: phone.messages)
+        time.sleep(0.1)
+        larm.crash()
+    larm.clock.advance(MINUTE)
+    larm.clock.resync()
+    larm.open()
+    live(larm)
+    live(larm, HOUR, step=MINUTE)
+    assert states(larm) == ["sent"]
+    assert phone.titles() == ["DOWN: job", "DOWN: job"]
+
+
+def test_what_was_accepted_is_not_sent_again_for_a_full_disk(under_way, phone):
+    larm, go = under_way
+
+    def tick() -> bool:
+        with contextlib.suppress(Unrecordable):
+            larm.tick()
+            return True
+        return False
+
+    with larm.full_disk():
+        go.set()
+        wait_until(lambda: phone.messages)
+        time.sleep(0.1)
+        for _ in range(100):
+            larm.clock.advance(SECOND)
+            tick()
+    wait_until(tick)
     wait_until(lambda: states(larm) == ["sent"])
-    attempt_after(larm, HOUR)
-    assert webhook.titles() == ["DOWN: job"]
-    larm.notifier.stop(5)
+    live(larm, HOUR, step=MINUTE)
+    assert [title for title in phone.titles() if "LARM" not in title] == ["DOWN: job"]
+
+
+def test_what_was_accepted_is_not_sent_again_for_a_disk_that_hangs(under_way, phone):
+    larm, go = under_way
+    with larm.hanging_disk():
+        go.set()
+        wait_until(lambda: phone.messages)
+        larm.clock.advance(HOUR)
+        time.sleep(0.3)
+    wait_until(lambda: states(larm) == ["sent"])
+    live(larm, HOUR, step=MINUTE)
+    assert [title for title in phone.titles() if "LARM" not in title] == ["DOWN: job"]
 
 
 # What they say
 
 
-def message(larm: House, webhook: Webhook, after_ms: int = 3 * SECOND) -> tuple[str, str, str]:
-    attempt_after(larm, after_ms)
-    [alert] = webhook.alerts
-    return alert["title"], alert["type"], alert["message"]
-
-
 @pytest.fixture
-def backup(house, webhook) -> House:
+def backup(house, phone) -> House:
     return house(
-        'timezone = "Europe/Stockholm"\nurl = "https://home.example/larm"\n'
-        + channels(phone=webhook.url)
-        + '[monitors.backup]\nname = "Nightly backup"\ninterval = "1h"\ngrace = "10m"\n'
-        'note = "Runs on nas"\n'
+        'timezone = "Europe/Stockholm"\nurl = "https://home.example/larm"\n' + channels(phone)
+        + monitor("backup", "1h", "10m", name="Nightly backup", note="Runs on nas",
+                  max_runtime="30m")
     )
 
 
-def test_a_missed_deadline_says_when_and_what_was_expected(backup, webhook):
+def told(larm: House, phone: Phone) -> str:
+    """The text of the next alert, and the only one."""
+    live(larm)
+    [message] = phone.messages
+    return message.body
+
+
+def test_a_missed_deadline_says_when_and_what_was_expected(backup, phone):
     backup.ping("backup")
-    backup.watch_for(70 * MINUTE + SECOND, step=MINUTE)
-    title, kind, text = message(backup, webhook)
-    assert (title, kind) == ("DOWN: Nightly backup", "failure")
-    assert text.splitlines() == [
-        "Nightly backup is down: no heartbeat by 2027-01-15 10:10:00+01:00, 4 s ago.",
+    live(backup, 70 * MINUTE + SECOND, step=MINUTE)
+    live(backup)
+    [message] = phone.messages
+    assert (message.title, message.type) == ("DOWN: Nightly backup", "failure")
+    first, *more = message.body.splitlines()
+    assert re.fullmatch(r"Nightly backup is down: no heartbeat by 2027-01-15 10:10:00\+01:00, "
+                        r"[1-5] s ago\.", first)
+    assert more == [
         "Last heartbeat: 2027-01-15 09:00:00+01:00, 1 h 10 min before.",
         "Expected: every 1 h, with 10 min grace.",
         "Runs on nas",
@@ -479,99 +463,111 @@ def test_a_missed_deadline_says_when_and_what_was_expected(backup, webhook):
     ]
 
 
-def test_a_failure_says_the_exit_status_and_the_last_lines_of_output(backup, webhook):
+def test_a_failure_says_the_exit_status_and_the_last_lines_of_output(backup, phone):
     backup.ping("backup", "3", body="".join(f"line {number}\n" for number in range(40)))
-    title, _, text = message(backup, webhook)
-    assert title == "DOWN: Nightly backup"
+    text = told(backup, phone)
     assert "exit status 3" in text
     assert "2027-01-15 09:00:00+01:00" in text
     assert re.findall(r"line (\d+)", text) == [str(number) for number in range(30, 40)]
     assert "Last heartbeat" not in text  # there was none
 
 
-def test_a_failure_without_a_status_says_that_the_job_reported_it(backup, webhook):
+def test_a_failure_without_a_status_says_that_the_job_reported_it(backup, phone):
     backup.ping("backup", "fail")
-    assert "the job reported a failure" in message(backup, webhook)[2]
+    assert "the job reported a failure" in told(backup, phone)
 
 
-def test_a_recovery_says_when_and_how_long_it_lasted(backup, webhook):
-    backup.ping("backup", "fail")
-    attempt_after(backup, 3 * SECOND)
-    webhook.alerts.clear()
-    backup.clock.advance(2 * HOUR)
+def test_a_run_that_does_not_end_says_its_limit(backup, phone):
     backup.ping("backup")
-    title, kind, text = message(backup, webhook)
-    assert (title, kind) == ("UP: Nightly backup", "success")
+    backup.ping("backup", "start")
+    live(backup, 30 * MINUTE + SECOND, step=MINUTE)
+    assert "has not ended within 30 min" in told(backup, phone)
+
+
+def test_a_recovery_says_when_and_how_long_it_lasted(backup, phone):
+    backup.ping("backup", "fail")
+    live(backup)
+    phone.messages.clear()
+    live(backup, 2 * HOUR - 4 * SECOND, step=MINUTE)
+    backup.ping("backup")
+    text = told(backup, phone)
+    assert (phone.messages[0].title, phone.messages[0].type) == ("UP: Nightly backup", "success")
     assert "2 h" in text
-    assert "2027-01-15 11:00:03+01:00" in text
-    assert "since 2027-01-15 11:00:03" not in text  # that is when it came up
+    assert "2027-01-15 11:00:00+01:00" in text
     assert "https://home.example/larm/monitor/backup" in text
 
 
-def test_an_alert_says_that_larm_itself_was_not_running_meanwhile(backup, webhook):
+def test_an_alert_says_that_larm_itself_was_not_running_meanwhile(backup, phone):
     backup.ping("backup")
-    backup.watch_for(30 * MINUTE, step=MINUTE)
+    live(backup, 30 * MINUTE, step=MINUTE)
     backup.restart(20 * MINUTE)
-    backup.watch_for(41 * MINUTE, step=MINUTE)
+    live(backup, 40 * MINUTE + SECOND, step=MINUTE)
     span = "from 2027-01-15 09:30:00+01:00 to 2027-01-15 09:50:00+01:00"
-    assert f"Larm itself was not running {span}" in message(backup, webhook)[2]
+    assert f"Larm itself was not running {span}" in told(backup, phone)
 
 
-def test_an_alert_says_nothing_of_gaps_before_the_last_heartbeat(backup, webhook):
+@pytest.mark.parametrize("gap", ["before", "short", "after", "set forward", "set back"])
+def test_an_alert_says_nothing_of_a_gap_that_has_nothing_to_do_with_it(backup, phone, gap):
     backup.ping("backup")
-    backup.watch_for(MINUTE)
-    backup.restart(20 * MINUTE)
-    backup.ping("backup")
-    backup.watch_for(71 * MINUTE, step=MINUTE)
-    assert "not running" not in message(backup, webhook)[2]
+    live(backup, MINUTE, step=MINUTE)
+    if gap == "before":
+        backup.restart(20 * MINUTE)
+        backup.ping("backup")
+    elif gap == "short":
+        backup.restart(5 * SECOND)
+    elif gap.startswith("set"):
+        backup.clock.set_wall(20 * MINUTE if gap == "set forward" else -20 * MINUTE)
+        backup.deliver()
+    phone.answer = gap != "after"
+    live(backup, 70 * MINUTE + SECOND, step=MINUTE)
+    if gap == "after":
+        assert backup.state("backup") == "down"
+        backup.restart(20 * MINUTE)
+        phone.answer = True
+        live(backup, HOUR, step=MINUTE)
+    live(backup)
+    assert "DOWN: Nightly backup" in phone.titles()
+    assert "not running" not in "".join(phone.bodies())
 
 
-def test_an_alert_says_nothing_of_a_gap_of_a_few_seconds(backup, webhook):
-    backup.ping("backup")
-    backup.restart(5 * SECOND)
-    backup.watch_for(71 * MINUTE, step=MINUTE)
-    assert "not running" not in message(backup, webhook)[2]
+def test_a_gap_is_told_of_those_monitors_only_whose_heartbeat_it_may_have_hidden(house, phone):
+    larm = house(channels(phone) + monitor("one", "1h", "10m") + monitor("two", "20m", "10m"))
+    larm.ping("one")
+    live(larm, 25 * MINUTE, step=5 * MINUTE)
+    larm.ping("two")
+    larm.restart(20 * MINUTE)
+    live(larm, 15 * MINUTE, step=5 * MINUTE)
+    larm.ping("two")
+    live(larm, 31 * MINUTE, step=MINUTE)  # both deadlines are 90 min after the start
+    assert phone.titles() == ["DOWN: 2 monitors"]
+    one, two = sorted(phone.bodies()[0].split("\n\n"))
+    assert "Larm itself was not running" in one
+    assert "not running" not in two
 
 
-def test_what_is_delivered_late_says_so(backup, webhook):
-    backup.ping("backup", "fail")
-    assert "This alert is late" in message(backup, webhook, after_ms=11 * MINUTE)[2]
+LATE = "This alert is late"
 
 
-def test_what_is_delivered_in_time_does_not_say_that_it_is_late(backup, webhook):
-    backup.ping("backup", "fail")
-    assert "late" not in message(backup, webhook)[2]
+def test_what_was_tried_before_says_that_it_is_late(refused, phone):
+    live(refused, 20 * MINUTE, step=MINUTE)
+    phone.answer = True
+    live(refused, 20 * MINUTE, step=MINUTE)
+    assert LATE in phone.bodies()[0]
+    assert "2027-01-15 08:00:00" in phone.bodies()[0]
 
 
-def test_a_clock_that_is_set_during_an_attempt_gives_nothing_up(house, webhook):
-    webhook.answer = 500
-    larm = house(channels(phone=webhook.url) + monitors("job"))
+def test_what_waited_while_larm_was_off_says_that_it_is_late(larm, phone):
     larm.ping("job", "fail")
-    attempt_after(larm, 3 * SECOND)
-    webhook.answer = "hang"
-    larm.clock.advance(11 * SECOND)
-    larm.tick()
-    attempt = threading.Thread(target=larm.notifier.attempt, args=("phone",))
-    attempt.start()
-    larm.clock.set_wall(10 * DAY)
-    larm.tick()
-    attempt.join(30)
-    assert deliveries(larm) == [("pending", 2)]
+    larm.restart(50 * MINUTE)
+    live(larm)
+    assert LATE in phone.bodies()[0]
 
 
-@pytest.mark.parametrize("extra", ["", "?overflow=truncate"])
-def test_what_is_too_long_for_a_service_comes_in_parts_unless_its_url_says_otherwise(extra):
-    sent = []
-
-    class Service(apprise.NotifyBase):
-        service_name, body_maxlen, title_maxlen = "Short", 500, 250
-
-        def send(self, body, **_):
-            sent.append(body)
-            return True
-
-    service = Service(overflow="truncate" if extra else "upstream")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(apprise.Apprise, "instantiate", lambda *_, **__: service)
-        assert program.send([f"short://x/{extra}"], "title", "word " * 300, "info") is None
-    assert len(sent) == (1 if extra else 3)
+def test_what_is_in_time_or_of_a_shortened_interval_does_not_say_that_it_is_late(larm, phone):
+    larm.ping("job")
+    live(larm, 5 * HOUR, step=MINUTE)
+    larm.save(larm.text.replace('"1d"', '"1h"').replace('grace = "1h"', 'grace = "10m"'))
+    live(larm)
+    assert phone.titles() == ["DOWN: job"]
+    assert LATE not in phone.bodies()[0]
+    assert larm.changes() == [("down", "missed", larm.events()[0]["at"] - START)]

@@ -1,0 +1,227 @@
+-- A database of Larm 0.1 (schema 1) after 8 h 46 min of a made-up morning that begins at START of
+-- conftest.py, 2027-01-15 08:00 UTC; Larm was off from 12:10 to 14:10, and stopped at 16:46.
+BEGIN TRANSACTION;
+CREATE TABLE channels (
+        name TEXT PRIMARY KEY,
+        sent_at INTEGER,                  -- when it accepted an alert last
+        failed_at INTEGER,                -- when it last did not, and why
+        error TEXT,
+        failing_since INTEGER             -- the first failure since it accepted one
+    );
+INSERT INTO "channels" VALUES('phone',1800028320000,NULL,NULL,NULL);
+INSERT INTO "channels" VALUES('mail',NULL,1800028800000,'A Connection error occurred sending JSON notification to 127.0.0.1.',1800003600000);
+CREATE TABLE clock (
+        alive_at INTEGER NOT NULL,
+        ballast BLOB                      -- what the writer tries to write while the disk is full
+    );
+INSERT INTO "clock" VALUES(1800031560000,NULL);
+CREATE TABLE deliveries (
+        id INTEGER PRIMARY KEY,
+        event_id INTEGER NOT NULL REFERENCES events ON DELETE CASCADE,
+        kind TEXT NOT NULL DEFAULT 'change'
+            CHECK (kind IN ('change', 'reminder', 'flapping', 'settled')),
+        channel TEXT NOT NULL,
+        state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'sent', 'failed')),
+        attempts INTEGER NOT NULL DEFAULT 0,
+        due_at INTEGER NOT NULL,
+        first_tried_at INTEGER,
+        at INTEGER,                       -- of the last attempt
+        error TEXT
+    );
+INSERT INTO "deliveries" VALUES(1,1,'change','phone','sent',1,1800000660000,1800000660000,1800000660000,NULL);
+INSERT INTO "deliveries" VALUES(2,2,'change','phone','sent',1,1800001260000,1800001260000,1800001260000,NULL);
+INSERT INTO "deliveries" VALUES(3,3,'change','phone','sent',1,1800001560000,1800001560000,1800001560000,NULL);
+INSERT INTO "deliveries" VALUES(4,3,'change','mail','pending',6,1800032493886,1800003600000,1800028800000,'A Connection error occurred sending JSON notification to 127.0.0.1.');
+INSERT INTO "deliveries" VALUES(5,4,'change','phone','sent',1,1800001560000,1800001560000,1800001560000,NULL);
+INSERT INTO "deliveries" VALUES(6,5,'change','phone','sent',1,1800001860000,1800001860000,1800001860000,NULL);
+INSERT INTO "deliveries" VALUES(7,6,'change','phone','sent',1,1800002160000,1800002160000,1800002160000,NULL);
+INSERT INTO "deliveries" VALUES(8,7,'change','phone','sent',1,1800002160000,1800002160000,1800002160000,NULL);
+INSERT INTO "deliveries" VALUES(9,9,'change','old','pending',0,1800003603000,NULL,NULL,NULL);
+INSERT INTO "deliveries" VALUES(10,10,'change','old','failed',0,1800003963000,NULL,NULL,'withdrawn: the monitor was disabled');
+INSERT INTO "deliveries" VALUES(11,10,'change','phone','sent',1,1800004020000,1800004020000,1800004020000,NULL);
+INSERT INTO "deliveries" VALUES(12,10,'change','mail','failed',0,1800003963000,NULL,NULL,'withdrawn: the monitor was disabled');
+INSERT INTO "deliveries" VALUES(13,11,'change','phone','sent',1,1800004260000,1800004260000,1800004260000,NULL);
+INSERT INTO "deliveries" VALUES(14,12,'change','phone','sent',1,1800004560000,1800004560000,1800004560000,NULL);
+INSERT INTO "deliveries" VALUES(15,13,'change','phone','sent',1,1800004860000,1800004860000,1800004860000,NULL);
+INSERT INTO "deliveries" VALUES(16,14,'change','phone','sent',1,1800005160000,1800005160000,1800005160000,NULL);
+INSERT INTO "deliveries" VALUES(17,15,'change','phone','sent',1,1800005460000,1800005460000,1800005460000,NULL);
+INSERT INTO "deliveries" VALUES(18,16,'change','phone','sent',1,1800005760000,1800005760000,1800005760000,NULL);
+INSERT INTO "deliveries" VALUES(19,17,'flapping','phone','sent',1,1800006060000,1800006060000,1800006060000,NULL);
+INSERT INTO "deliveries" VALUES(20,19,'change','phone','sent',1,1800007320000,1800007320000,1800007320000,NULL);
+INSERT INTO "deliveries" VALUES(21,20,'change','phone','sent',1,1800007860000,1800007860000,1800007860000,NULL);
+INSERT INTO "deliveries" VALUES(22,22,'change','phone','sent',1,1800022260000,1800022260000,1800022260000,NULL);
+INSERT INTO "deliveries" VALUES(23,22,'change','mail','pending',2,1800032493886,1800025200000,1800028800000,'A Connection error occurred sending JSON notification to 127.0.0.1.');
+INSERT INTO "deliveries" VALUES(24,23,'change','phone','sent',1,1800022260000,1800022260000,1800022260000,NULL);
+INSERT INTO "deliveries" VALUES(25,23,'change','mail','pending',2,1800032493886,1800025200000,1800028800000,'A Connection error occurred sending JSON notification to 127.0.0.1.');
+INSERT INTO "deliveries" VALUES(26,21,'settled','phone','sent',1,1800028320000,1800028320000,1800028320000,NULL);
+CREATE TABLE events (
+        id INTEGER PRIMARY KEY,
+        monitor_id INTEGER REFERENCES monitors, -- NULL: about Larm itself
+        type TEXT NOT NULL CHECK (type IN ('down', 'up')),
+        at INTEGER NOT NULL,
+        reason TEXT CHECK (reason IN ('missed', 'failed', 'overran')),
+        last_heartbeat_at INTEGER,
+        expected_at INTEGER,
+        down_ms INTEGER,
+        heartbeat_id INTEGER REFERENCES heartbeats,
+        topic TEXT,                       -- what of Larm itself is in trouble
+        text TEXT,
+        CHECK ((monitor_id IS NULL) = (topic IS NOT NULL))
+    );
+INSERT INTO "events" VALUES(1,16,'down',1800000600000,'missed',1800000000000,1800000600000,NULL,NULL,NULL,NULL);
+INSERT INTO "events" VALUES(2,9,'down',1800001200000,'failed',NULL,NULL,NULL,15,NULL,NULL);
+INSERT INTO "events" VALUES(3,4,'down',1800001500000,'failed',NULL,NULL,NULL,39,NULL,NULL);
+INSERT INTO "events" VALUES(4,16,'up',1800001500000,NULL,1800000000000,NULL,900000,18,NULL,NULL);
+INSERT INTO "events" VALUES(5,11,'down',1800001800000,'failed',1800000000000,1800086400000,NULL,20,NULL,NULL);
+INSERT INTO "events" VALUES(6,11,'up',1800002100000,NULL,1800000000000,NULL,300000,21,NULL,NULL);
+INSERT INTO "events" VALUES(7,16,'down',1800002100000,'missed',1800001500000,1800002100000,NULL,NULL,NULL,NULL);
+INSERT INTO "events" VALUES(8,17,'down',1800002400000,'failed',1800000000000,1800086400000,NULL,22,NULL,NULL);
+INSERT INTO "events" VALUES(9,6,'down',1800003600000,'overran',1800000000000,1800086400000,NULL,NULL,NULL,NULL);
+INSERT INTO "events" VALUES(10,10,'down',1800003960000,'missed',1800000000000,1800003600000,NULL,NULL,NULL,NULL);
+INSERT INTO "events" VALUES(11,18,'down',1800004200000,'failed',NULL,NULL,NULL,24,NULL,NULL);
+INSERT INTO "events" VALUES(12,18,'up',1800004500000,NULL,NULL,NULL,300000,25,NULL,NULL);
+INSERT INTO "events" VALUES(13,18,'down',1800004800000,'failed',1800004500000,1800008100000,NULL,26,NULL,NULL);
+INSERT INTO "events" VALUES(14,18,'up',1800005100000,NULL,1800004500000,NULL,300000,27,NULL,NULL);
+INSERT INTO "events" VALUES(15,18,'down',1800005400000,'failed',1800005100000,1800008700000,NULL,28,NULL,NULL);
+INSERT INTO "events" VALUES(16,18,'up',1800005700000,NULL,1800005100000,NULL,300000,29,NULL,NULL);
+INSERT INTO "events" VALUES(17,18,'down',1800006000000,'failed',1800005700000,1800009300000,NULL,30,NULL,NULL);
+INSERT INTO "events" VALUES(18,18,'up',1800006300000,NULL,1800005700000,NULL,300000,31,NULL,NULL);
+INSERT INTO "events" VALUES(19,NULL,'down',1800007260000,NULL,NULL,NULL,NULL,NULL,'channel mail','channel mail has taken no alert for an hour');
+INSERT INTO "events" VALUES(20,5,'down',1800007800000,'missed',1800003900000,1800007500000,NULL,NULL,NULL,NULL);
+INSERT INTO "events" VALUES(21,18,'down',1800010260000,'missed',1800006300000,1800009900000,NULL,NULL,NULL,NULL);
+INSERT INTO "events" VALUES(22,NULL,'down',1800015000000,NULL,NULL,NULL,NULL,NULL,'gap 2','Larm itself was not running from 2027-01-15 12:10:00+00:00 to 2027-01-15 14:10:00+00:00');
+INSERT INTO "events" VALUES(23,NULL,'up',1800022260000,NULL,NULL,NULL,7260000,NULL,'gap 2','Larm itself was not running from 2027-01-15 12:10:00+00:00 to 2027-01-15 14:10:00+00:00; every deadline was moved by that');
+INSERT INTO "events" VALUES(24,15,'down',1800031200000,'missed',1800030600000,1800031200000,NULL,NULL,NULL,NULL);
+CREATE TABLE gaps (
+        id INTEGER PRIMARY KEY,
+        monitor_id INTEGER REFERENCES monitors, -- which was paused; NULL: Larm was not watching
+        from_at INTEGER NOT NULL,
+        to_at INTEGER NOT NULL,           -- before from_at where the clock was set back
+        told INTEGER NOT NULL DEFAULT 0   -- whether there was an alert of it, or need not be
+    );
+INSERT INTO "gaps" VALUES(1,3,1800002400000,1800003000000,0);
+INSERT INTO "gaps" VALUES(2,NULL,1800015000000,1800022200000,1);
+CREATE TABLE heartbeats (
+        id INTEGER PRIMARY KEY,
+        monitor_id INTEGER NOT NULL REFERENCES monitors,
+        at INTEGER NOT NULL,
+        signal TEXT NOT NULL CHECK (signal IN ('success', 'fail', 'start', 'log')),
+        exit_status INTEGER,
+        duration_ms INTEGER,
+        method TEXT NOT NULL,
+        sender TEXT,
+        user_agent TEXT,
+        rid TEXT,
+        body TEXT
+    );
+INSERT INTO "heartbeats" VALUES(1,1,1800000000000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(2,2,1800000000000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(3,3,1800000000000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(4,8,1800000000000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(5,10,1800000000000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(6,11,1800000000000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(7,12,1800000000000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(8,13,1800000000000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(9,14,1800000000000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(10,6,1800000000000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(11,5,1800000000000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(12,16,1800000000000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(13,17,1800000000000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(14,9,1800000600000,'start',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(15,9,1800001200000,'fail',2,600000,'GET',NULL,NULL,NULL,'first failure');
+INSERT INTO "heartbeats" VALUES(16,4,1800001200000,'start',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(17,4,1800001500000,'fail',3,300000,'GET',NULL,NULL,NULL,'disk is full
+no space left on device
+');
+INSERT INTO "heartbeats" VALUES(18,16,1800001500000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(19,6,1800001800000,'start',NULL,NULL,'GET',NULL,NULL,'r-1',NULL);
+INSERT INTO "heartbeats" VALUES(20,11,1800001800000,'fail',NULL,NULL,'GET',NULL,NULL,NULL,'gone soon');
+INSERT INTO "heartbeats" VALUES(21,11,1800002100000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(22,17,1800002400000,'fail',1,NULL,'GET',NULL,NULL,NULL,'no route to host');
+INSERT INTO "heartbeats" VALUES(23,5,1800003900000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(24,18,1800004200000,'fail',NULL,NULL,'GET',NULL,NULL,NULL,'flap 0');
+INSERT INTO "heartbeats" VALUES(25,18,1800004500000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(26,18,1800004800000,'fail',NULL,NULL,'GET',NULL,NULL,NULL,'flap 2');
+INSERT INTO "heartbeats" VALUES(27,18,1800005100000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(28,18,1800005400000,'fail',NULL,NULL,'GET',NULL,NULL,NULL,'flap 4');
+INSERT INTO "heartbeats" VALUES(29,18,1800005700000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(30,18,1800006000000,'fail',NULL,NULL,'GET',NULL,NULL,NULL,'flap 6');
+INSERT INTO "heartbeats" VALUES(31,18,1800006300000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(32,12,1800007200000,'start',NULL,NULL,'GET',NULL,NULL,'A',NULL);
+INSERT INTO "heartbeats" VALUES(33,13,1800014400000,'start',NULL,NULL,'GET',NULL,NULL,'B',NULL);
+INSERT INTO "heartbeats" VALUES(34,14,1800015000000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(35,12,1800028800000,'start',NULL,NULL,'GET',NULL,NULL,'C',NULL);
+INSERT INTO "heartbeats" VALUES(36,14,1800028800000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(37,1,1800028800000,'log',NULL,NULL,'GET',NULL,NULL,NULL,'a note');
+INSERT INTO "heartbeats" VALUES(38,15,1800030600000,'success',NULL,NULL,'GET',NULL,NULL,NULL,NULL);
+INSERT INTO "heartbeats" VALUES(39,4,1800031500000,'fail',4,NULL,'GET',NULL,NULL,NULL,'still full');
+CREATE TABLE monitors (
+        id INTEGER PRIMARY KEY,
+        key TEXT NOT NULL UNIQUE,
+        name TEXT NOT NULL,
+        made_token TEXT NOT NULL UNIQUE,  -- in force where larm.toml gives none
+        created_at INTEGER NOT NULL,
+        watching TEXT NOT NULL DEFAULT 'yes'
+            CHECK (watching IN ('yes', 'paused', 'disabled', 'removed')),
+        unwatched_at INTEGER,             -- since when it is not watched
+        resumes_at INTEGER,               -- the end of a timed pause
+        state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'up', 'down')),
+        since INTEGER NOT NULL,           -- of the state
+        received_at INTEGER,              -- the last success, stored or throttled
+        counts_from INTEGER,              -- received_at, later by the gaps since: what expected_at
+        rhythm TEXT NOT NULL,             -- and deadline_at were computed from, and how
+        expected_at INTEGER,
+        deadline_at INTEGER,              -- runs while the state is up
+        told TEXT NOT NULL DEFAULT 'up'   -- what people know of it
+            CHECK (told IN ('up', 'down', 'flapping')),
+        alert_at INTEGER,                 -- the next alert: a held one, a reminder, ...
+        last_duration_ms INTEGER          -- of a run that said when it started
+    );
+INSERT INTO "monitors" VALUES(1,'up','up','01010101010101010101010101010101',1800000000000,'yes',NULL,NULL,'up',1800000000000,1800000000000,1800007200000,'86400000 + 1800000',1800093600000,1800095400000,'up',NULL,NULL);
+INSERT INTO "monitors" VALUES(2,'named','With its own token','02020202020202020202020202020202',1800000000000,'yes',NULL,NULL,'up',1800000000000,1800006660000,1800013860000,'86400000 + 3600000',1800100260000,1800103860000,'up',NULL,NULL);
+INSERT INTO "monitors" VALUES(3,'nightly','nightly','03030303030303030303030303030303',1800000000000,'yes',NULL,NULL,'up',1800000000000,1800000000000,1800010200000,'0 3 * * * UTC + 1800000',1800075600000,1800077400000,'up',NULL,NULL);
+INSERT INTO "monitors" VALUES(4,'failed','failed','04040404040404040404040404040404',1800000000000,'yes',NULL,NULL,'down',1800001500000,NULL,NULL,'86400000 + 3600000',NULL,NULL,'down',1800095100000,300000);
+INSERT INTO "monitors" VALUES(5,'missed','missed','05050505050505050505050505050505',1800000000000,'yes',NULL,NULL,'down',1800007800000,1800003900000,1800003900000,'3600000 + 300000',NULL,NULL,'down',NULL,NULL);
+INSERT INTO "monitors" VALUES(6,'overran','overran','06060606060606060606060606060606',1800000000000,'yes',NULL,NULL,'down',1800003600000,1800000000000,1800000000000,'86400000 + 3600000',NULL,NULL,'down',NULL,NULL);
+INSERT INTO "monitors" VALUES(7,'pending','pending','07070707070707070707070707070707',1800000000000,'yes',NULL,NULL,'pending',1800000000000,NULL,NULL,'86400000 + 3600000',NULL,NULL,'up',NULL,NULL);
+INSERT INTO "monitors" VALUES(8,'paused-for-2d','paused-for-2d','08080808080808080808080808080808',1800000000000,'paused',1800002400000,1800182400000,'up',1800000000000,1800000000000,1800000000000,'3600000 + 360000',1800003600000,1800003960000,'up',NULL,NULL);
+INSERT INTO "monitors" VALUES(9,'paused','paused','09090909090909090909090909090909',1800000000000,'paused',1800002400000,NULL,'down',1800001200000,NULL,NULL,'3600000 + 360000',NULL,NULL,'down',NULL,600000);
+INSERT INTO "monitors" VALUES(10,'disabled','disabled','10101010101010101010101010101010',1800000000000,'disabled',1800006660000,NULL,'down',1800003960000,1800000000000,1800000000000,'3600000 + 360000',NULL,NULL,'down',NULL,NULL);
+INSERT INTO "monitors" VALUES(11,'removed','removed','11111111111111111111111111111111',1800000000000,'removed',1800006660000,NULL,'up',1800002100000,1800002100000,1800002100000,'86400000 + 7200000',1800088500000,1800095700000,'up',NULL,NULL);
+INSERT INTO "monitors" VALUES(12,'running','running','12121212121212121212121212121212',1800000000000,'yes',NULL,NULL,'up',1800000000000,1800000000000,1800007200000,'86400000 + 3600000',1800093600000,1800097200000,'up',NULL,NULL);
+INSERT INTO "monitors" VALUES(13,'endless','endless','13131313131313131313131313131313',1800000000000,'yes',NULL,NULL,'up',1800000000000,1800000000000,1800007200000,'86400000 + 3600000',1800093600000,1800097200000,'up',NULL,NULL);
+INSERT INTO "monitors" VALUES(14,'switch','switch','14141414141414141414141414141414',1800000000000,'yes',NULL,NULL,'up',1800000000000,1800028800000,1800028800000,'14400000 + 0',1800043200000,1800043200000,'up',NULL,NULL);
+INSERT INTO "monitors" VALUES(15,'behind-switch','behind-switch','15151515151515151515151515151515',1800000000000,'yes',NULL,NULL,'down',1800031200000,1800030600000,1800030600000,'600000 + 0',NULL,NULL,'up',1800043200001,NULL);
+INSERT INTO "monitors" VALUES(16,'router','router','16161616161616161616161616161616',1800000000000,'yes',NULL,NULL,'down',1800002100000,1800001500000,1800001500000,'600000 + 0',NULL,NULL,'down',NULL,NULL);
+INSERT INTO "monitors" VALUES(17,'behind-router','behind-router','17171717171717171717171717171717',1800000000000,'yes',NULL,NULL,'down',1800002400000,1800000000000,1800000000000,'86400000 + 3600000',NULL,NULL,'up',NULL,NULL);
+INSERT INTO "monitors" VALUES(18,'flapping','flapping','18181818181818181818181818181818',1800000000000,'yes',NULL,NULL,'down',1800010260000,1800006300000,1800006300000,'3600000 + 360000',NULL,NULL,'down',NULL,NULL);
+CREATE TABLE runs (                   -- of jobs that said that they start, and not yet the end
+        id INTEGER PRIMARY KEY,
+        monitor_id INTEGER NOT NULL REFERENCES monitors,
+        rid TEXT,
+        started_at INTEGER NOT NULL,
+        max_runtime INTEGER,
+        ends_by INTEGER                   -- by max_runtime; NULL once it has overrun
+    );
+INSERT INTO "runs" VALUES(1,6,'r-1',1800001800000,1800000,NULL);
+INSERT INTO "runs" VALUES(2,12,'A',1800007200000,36000000,1800050400000);
+INSERT INTO "runs" VALUES(3,13,'B',1800014400000,NULL,NULL);
+INSERT INTO "runs" VALUES(4,12,'C',1800028800000,36000000,1800064800000);
+CREATE INDEX monitors_by_deadline ON monitors (deadline_at)
+        WHERE deadline_at IS NOT NULL AND watching = 'yes';
+CREATE INDEX monitors_by_resumption ON monitors (resumes_at) WHERE resumes_at IS NOT NULL;
+CREATE INDEX monitors_by_alert ON monitors (alert_at)
+        WHERE alert_at IS NOT NULL AND watching = 'yes';
+CREATE INDEX heartbeats_by_monitor ON heartbeats (monitor_id, id);
+CREATE INDEX runs_by_monitor ON runs (monitor_id);
+CREATE INDEX runs_by_deadline ON runs (ends_by) WHERE ends_by IS NOT NULL;
+CREATE INDEX events_by_monitor ON events (monitor_id, at);
+CREATE INDEX events_by_time ON events (at);
+CREATE INDEX events_by_heartbeat ON events (heartbeat_id) WHERE heartbeat_id IS NOT NULL;
+CREATE INDEX events_by_topic ON events (topic) WHERE topic IS NOT NULL;
+CREATE INDEX deliveries_pending ON deliveries (channel, due_at) WHERE state = 'pending';
+CREATE INDEX deliveries_by_event ON deliveries (event_id);
+CREATE INDEX gaps_by_time ON gaps (to_at);
+COMMIT;
+PRAGMA application_id = 1279349325;
+PRAGMA user_version = 1;
