@@ -103,7 +103,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 from urllib.parse import parse_qs, quote, quote_plus, unquote, urlsplit
 
 __version__ = "0.1.0"
@@ -1109,7 +1109,7 @@ Operation = Callable[[sqlite3.Connection, list[Any]], Any]
 class Write(Generic[T]):
     """One operation, with an item for it, on its way to the disk."""
 
-    __slots__ = ("_done", "_error", "item", "operation", "value")
+    __slots__ = ("_done", "_error", "is_done", "item", "operation", "value")
 
     def __init__(self, operation: Operation, item: object) -> None:
         self.operation = operation
@@ -1118,14 +1118,12 @@ class Write(Generic[T]):
         self._done = threading.Lock()
         self._done.acquire()
         self._error: Exception | None = None
+        self.is_done = False
 
     def finish(self, error: Exception | None = None) -> None:
         del self.operation, self.item  # and with them whatever they hold, such as a body
-        self._error = error
+        self._error, self.is_done = error, True
         self._done.release()
-
-    def is_done(self) -> bool:
-        return not self._done.locked()
 
     def result(self, within: float = ANSWER_WITHIN / SECOND) -> T:
         """What the operation returned, once it is committed; raises Unrecordable if it can't be, or
@@ -1509,18 +1507,7 @@ SCHEMA = """
     );
 """
 
-_OLD_TABLES = (
-    "clock", "monitors", "heartbeats", "runs", "events", "deliveries", "channels", "gaps",
-)
-_OLD_INDEXES = (
-    "monitors_by_deadline", "monitors_by_resumption", "monitors_by_alert", "heartbeats_by_monitor",
-    "runs_by_monitor", "runs_by_deadline", "events_by_monitor", "events_by_time",
-    "events_by_heartbeat", "events_by_topic", "deliveries_pending", "deliveries_by_event",
-    "gaps_by_time",
-)
-FROM_SCHEMA_1 = f"""
-    {"".join(f"DROP INDEX {name};" for name in _OLD_INDEXES)}
-    {"".join(f"ALTER TABLE {name} RENAME TO old_{name};" for name in _OLD_TABLES)}
+FROM_SCHEMA_1 = f"""                      -- whose tables are called old_... by then
     {SCHEMA}
     INSERT INTO clock SELECT alive_at, NULL FROM old_clock;
     INSERT INTO monitors
@@ -1572,7 +1559,8 @@ FROM_SCHEMA_1 = f"""
     FROM old_monitors m                   -- adopt() knows to whom
     WHERE m.watching = 'yes' AND m.told <> m.state AND m.state <> 'pending' AND event IS NOT NULL;
     INSERT INTO channels SELECT * FROM old_channels;
-    {"".join(f"DROP TABLE old_{name};" for name in reversed(_OLD_TABLES))}
+    DROP TABLE old_clock; DROP TABLE old_deliveries; DROP TABLE old_channels; DROP TABLE old_runs;
+    DROP TABLE old_gaps; DROP TABLE old_events; DROP TABLE old_heartbeats; DROP TABLE old_monitors;
 """
 MIGRATIONS = {0: SCHEMA, 1: FROM_SCHEMA_1}  # by the version that each leads on from
 SCHEMA_VERSION = 2
@@ -1596,10 +1584,13 @@ def schema_version(db: sqlite3.Connection) -> int:
 def migrate(db: sqlite3.Connection) -> None:
     """Bring the schema up to date, a transaction a step; raises as schema_version() does."""
     while (version := schema_version(db)) in MIGRATIONS:
+        old = db.execute("SELECT type, name FROM sqlite_master WHERE sql NOTNULL ORDER BY type")
+        away = [f"DROP INDEX {name};" if type == "index"
+                else f"ALTER TABLE {name} RENAME TO old_{name};" for type, name in old.fetchall()]
         try:
             db.executescript(
-                f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; {MIGRATIONS[version]};"
-                f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
+                f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; {''.join(away)}"
+                f"{MIGRATIONS[version]}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT"
             )
         except sqlite3.Error:
             if db.in_transaction:
@@ -1712,14 +1703,6 @@ def deliveries_of(
         """, events=json.dumps(list(event_ids))):
         found[row["event_id"]].append(row)
     return found
-
-
-def newest_up(db: sqlite3.Connection, monitor_id: int) -> sqlite3.Row | None:
-    """A monitor's newest event, if that is its return."""
-    found = rows(db, """
-        SELECT * FROM events WHERE monitor_id = :monitor ORDER BY id DESC LIMIT 1
-        """, monitor=monitor_id)
-    return found[0] if found and found[0]["type"] == "up" else None
 
 
 def state_changes(db: sqlite3.Connection, start: int) -> dict[int, list[sqlite3.Row]]:
@@ -2330,15 +2313,11 @@ def shift(db: sqlite3.Connection, from_at: int, to_at: int, set_by: int) -> None
         """
         UPDATE heartbeats
         SET at = at + :set_by, ends_by = ends_by + :set_by + MAX(0, :to - MAX(:from, at)),
-            moved = moved + MAX(0, :to - MAX(:from, at))
+            moved = moved + IIF(
+                EXISTS (SELECT 1 FROM gaps g WHERE open AND g.monitor_id = heartbeats.monitor_id),
+                0, MAX(0, :to - MAX(:from, at))
+            )
         WHERE run IS NOT NULL
-        AND NOT EXISTS (SELECT 1 FROM gaps g WHERE open AND g.monitor_id = heartbeats.monitor_id)
-        """,
-        """
-        UPDATE heartbeats
-        SET at = at + :set_by
-        WHERE run IS NOT NULL
-        AND EXISTS (SELECT 1 FROM gaps g WHERE open AND g.monitor_id = heartbeats.monitor_id)
         """,
         """
         UPDATE gaps
@@ -2458,7 +2437,7 @@ class Intake:
         with self.lock:
             at, under_way = self._clock.monotonic(), self._under_way.get(id)
             if ping.signal != "success" or at >= self._until.get(id, at) or (
-                under_way is not None and not under_way.is_done()
+                under_way is not None and not under_way.is_done
             ):
                 write = self._store.gather(self._record, (watched, ping, at))
                 self._under_way[id] = write
@@ -2497,7 +2476,7 @@ class Intake:
         with self.lock:
             self._until.clear()
             self._under_way = {id: write for id, write in self._under_way.items()
-                               if not write.is_done()}
+                               if not write.is_done}
             heard = dict(self._heard)
 
         def forget() -> None:
@@ -2788,14 +2767,12 @@ SPANS = {"24h": DAY, "7d": 7 * DAY, "30d": 30 * DAY, "90d": 90 * DAY}
 DAYS_SHOWN = 90
 OUTPUT_SHOWN = 2_000  # characters of what a job said of its failure
 BEATS_READ = 100  # of a monitor, for its rhythm
-_SEEN_FOR_ADVICE = 4  # heartbeats: three intervals
-_HALF_HOUR = 30 * MINUTE
+# Of a monitor that the database does not know yet, as a row of it.
+_UNKNOWN: dict[str, Any] = {"id": 0, "state": "pending"} | dict.fromkeys(
+    ("made_token", "since", "heard_from", "received_at", "deadline_at", "last_duration_ms"))
 
-Span = tuple[int, int]  # from, to
 
-
-@dataclass(frozen=True, slots=True)
-class Day:
+class Day(NamedTuple):
     """What became of one day."""
 
     start: int
@@ -2882,31 +2859,25 @@ def read_views(
         "SELECT monitor_id, MIN(at) FROM heartbeats WHERE run IS NOT NULL GROUP BY monitor_id"
     ).fetchall()) if db else {}
     days = midnights(config.timezone, DAYS_SHOWN, now) if history else []
-    larms = _spans(gaps.get(None, ()), now)
     found = []
     for key in config.monitors if keys is None else keys:
-        monitor, row = config.monitors[key], known.get(key)
-        if row is None:
-            found.append(View(monitor, monitor.token, "pending" if monitor.enabled else "paused",
-                              None, None, None, None, None, None, None, None, None, None, "", None,
-                              dict.fromkeys(SPANS), None, ()))
-            continue
-        own = gaps.get(row["id"], ())
-        record = _Record(
-            row["heard_from"], now, now - config.keep, larms + _spans(own, now),
-            down_spans(changes.get(row["id"], ()), own, now),
+        row = known.get(key, _UNKNOWN)
+        own = gaps.get(row["id"], [])
+        past = _look_back(
+            row["heard_from"], now - config.keep, now, days, gaps.get(None, []) + own,
+            _down_spans(changes.get(row["id"], ()), own, now),
         )
-        found.append(_view(monitor, row, [gap for gap in own if gap["open"]], why.get(row["id"]),
-                           running.get(row["id"]), record, days, now))
+        found.append(_view(config.monitors[key], row, [gap for gap in own if gap["open"]],
+                           why.get(row["id"]), running.get(row["id"]), now, past))
     return found
 
 
 def _view(
-    monitor: Monitor, row: sqlite3.Row, absences: Sequence[sqlite3.Row], why: sqlite3.Row | None,
-    running_since: int | None, record: _Record, days: Sequence[int], now: int,
+    monitor: Monitor, row: Any, absences: Sequence[sqlite3.Row], cause: sqlite3.Row | None,
+    running_since: int | None, now: int,
+    past: tuple[Mapping[str, float | None], float | None, tuple[Day, ...]],
 ) -> View:
-    state, since = row["state"], row["since"]
-    deadline_at = row["deadline_at"]
+    state, since, deadline_at = row["state"], row["since"], row["deadline_at"]
     expected_at = None if deadline_at is None else deadline_at - monitor.grace
     if absences:
         state, since = "paused", min(gap["from_at"] for gap in absences)
@@ -2914,9 +2885,7 @@ def _view(
         state = "paused"
     elif expected_at is not None and expected_at < now:
         state, since = "late", expected_at
-    down = why if state == "down" else None
-    uptime = {name: record.uptime(span) for name, span in SPANS.items()}
-    is_first_day = row["heard_from"] is not None and now - row["heard_from"] < DAY
+    down = cause if state == "down" else None
     return View(
         monitor=monitor,
         token=monitor.token or row["made_token"],
@@ -2933,91 +2902,77 @@ def _view(
         exit_status=down["exit_status"] if down else None,
         output=(down["body"] or "")[-OUTPUT_SHOWN:] if down else "",
         waits_for=(down["waits"] or "").removeprefix(HELD) or None if down else None,
-        uptime=uptime,
-        first_day=record.share_up(row["heard_from"], now) if is_first_day else None,
-        days=tuple(itertools.starmap(record.day, itertools.pairwise(days))),
+        uptime=past[0],
+        first_day=past[1],
+        days=past[2],
     )
 
 
-def _spans(gaps: Iterable[sqlite3.Row], now: int) -> list[Span]:
-    return [(gap["from_at"], now if gap["open"] else gap["to_at"]) for gap in gaps]
-
-
-def down_spans(
+def _down_spans(
     changes: Iterable[sqlite3.Row], gaps: Iterable[sqlite3.Row], now: int
-) -> list[Span]:
-    """When a monitor was down; the end of a pause ends that."""
+) -> list[tuple[int, int]]:
+    """When (from, to) a monitor was down; the end of a pause ends that."""
     ends = [(gap["to_at"], "up") for gap in gaps
             if gap["why"] in ("paused", "disabled") and not gap["open"]]
-    down: list[Span] = []
+    down: list[tuple[int, int]] = []
     went_down: int | None = None
-    for at, type in sorted([*ends, *((change["at"], change["type"]) for change in changes)]):
-        if type == "down":
-            went_down = at if went_down is None else went_down
-        elif went_down is not None:
+    for at, type in [*sorted([*ends, *((one["at"], one["type"]) for one in changes)]), (now, "up")]:
+        if type == "up" and went_down is not None:
             down.append((went_down, at))
-            went_down = None
-    return down if went_down is None else [*down, (went_down, now)]
+        went_down = None if type == "up" else at if went_down is None else went_down
+    return down
 
 
-class _Record:
-    """What is known of a monitor's past: when it was watched, and when it was down meanwhile."""
+def _look_back(
+    heard_from: int | None, kept_from: int, now: int, midnights: Sequence[int],
+    gaps: Iterable[sqlite3.Row], down_spans: list[tuple[int, int]],
+) -> tuple[dict[str, float | None], float | None, tuple[Day, ...]]:
+    """What a View says of the past: uptime, first_day and days."""
+    known_from = now if heard_from is None else max(heard_from, kept_from)
+    away = [(gap["from_at"], now if gap["open"] else gap["to_at"]) for gap in gaps]
+    gone = _coverage(away)
+    lost = _coverage(away + down_spans) if down_spans else gone
 
-    def __init__(
-        self, heard_from: int | None, now: int, kept_from: int, away: list[Span], down: list[Span]
-    ) -> None:
-        self._heard_from, self._now, self._kept_from = heard_from, now, kept_from
-        self._gone = coverage(away)
-        self._lost = coverage(away + down) if down else self._gone
+    def watched_and_down(start: int, end: int) -> tuple[int, int]:
+        unwatched = gone(start, end)
+        return end - start - unwatched, lost(start, end) - unwatched
 
-    def share_up(self, start: int, end: int) -> float | None:
-        """Percent of the time that it was watched; None: it was not."""
-        gone = self._gone(start, end)
-        if gone >= end - start:
-            return None
-        lost = self._lost(start, end) - gone
-        return round(100 * (1 - lost / (end - start - gone)), 2)
+    def share_up(start: int) -> float | None:
+        """Percent of the time since; None where it is not known, or it was never watched."""
+        watched, down = watched_and_down(start, now)
+        return round(100 * (1 - down / watched), 2) if start >= known_from and watched > 0 else None
 
-    def uptime(self, span: int) -> float | None:
-        """Percent of the last `span` ms; None: it is younger, or what was then is not kept."""
-        start = self._now - span
-        if self._heard_from is None or start < max(self._heard_from, self._kept_from):
-            return None
-        return self.share_up(start, self._now)
-
-    def day(self, start: int, end: int) -> Day:
-        begin, end = start, min(end, self._now)
-        if self._heard_from is not None:
-            begin = max(start, self._heard_from, self._kept_from)
-        if self._heard_from is None or begin >= end:
+    def day(start: int, end: int) -> Day:
+        begin, end = max(start, known_from), min(end, now)
+        if begin >= end:
             return Day(start, "none", 0, 0)
-        gone = self._gone(begin, end)
-        watched, down = end - begin - gone, self._lost(begin, end) - gone
+        watched, down = watched_and_down(begin, end)
         kind = "unwatched" if 2 * watched < end - begin else "up"
         if down > 0:
             kind = "partly" if down < watched else "down"
         return Day(start, kind, down, watched)
 
+    first_day = None if heard_from is None or now - heard_from >= DAY else share_up(known_from)
+    return ({name: share_up(now - span) for name, span in SPANS.items()}, first_day,
+            tuple(itertools.starmap(day, itertools.pairwise(midnights))))
 
-def coverage(spans: Iterable[Span]) -> Callable[[int, int], int]:
+
+def _coverage(spans: Iterable[tuple[int, int]]) -> Callable[[int, int], int]:
     """A function of two moments: how much of the time between them the spans cover together."""
-    starts: list[int] = []
-    ends: list[int] = []
-    before: list[int] = []  # what the earlier ones cover
+    apart: list[tuple[int, int]] = []  # the same, without what an earlier one covers
     for start, end in sorted(spans):
-        start = max(start, ends[-1]) if ends else start
+        start = max(start, apart[-1][1]) if apart else start
         if end > start:
-            before.append(before[-1] + ends[-1] - starts[-1] if ends else 0)
-            starts.append(start)
-            ends.append(end)
-    if not starts:
+            apart.append((start, end))
+    if not apart:
         return lambda _start, _end: 0
 
-    def until(moment: int) -> int:
-        last = bisect.bisect_right(starts, moment) - 1
-        return before[last] + min(moment, ends[last]) - starts[last] if last >= 0 else 0
+    def covered(start: int, end: int) -> int:
+        from_place = max(0, bisect.bisect(apart, (start,)) - 1)
+        return sum(max(0, min(end, to_at) - max(start, from_at))
+                   for from_at, to_at in apart[from_place : bisect.bisect(apart, (end,))])
 
-    return lambda start, end: until(end) - until(start)
+    return covered
 
 
 @dataclass(frozen=True, slots=True)
@@ -3055,11 +3010,8 @@ class Event:
             "reason": self.reason,
             "last_heartbeat_at": iso_or_none(self.last_heartbeat_at),
             "down_seconds": seconds(self.down),
-            "deliveries": [
-                {"channel": one.channel, "state": one.state, "attempts": one.attempts,
-                 "at": iso_or_none(one.at), "error": one.error}
-                for one in (self.deliveries if viewer else ())
-            ],
+            "deliveries": [dataclasses.asdict(one) | {"at": iso_or_none(one.at)}
+                           for one in self.deliveries if viewer],
         }
 
 
@@ -3086,12 +3038,9 @@ class Run:
 
     id: int
     at: int  # of the end; of the start while it runs
-    started_at: int | None
-    ended_at: int | None
     signal: str  # success, fail, log; start: it runs, or its end never came
     exit_status: int | None
     duration: int | None
-    method: str
     sender: str | None
     user_agent: str | None
     rid: str | None
@@ -3103,39 +3052,18 @@ def read_runs(beats: Iterable[sqlite3.Row]) -> list[Run]:
     anew, is no run of its own.
     """
     return [
-        Run(
-            row["id"], row["at"],
-            row["at"] - (row["duration_ms"] or 0) if row["run"] or row["duration_ms"] else None,
-            None if row["run"] else row["at"], row["signal"], row["exit_status"],
-            row["duration_ms"], row["method"], row["sender"], row["user_agent"], row["rid"],
-            row["body"],
-        )
+        Run(row["id"], row["at"], row["signal"], row["exit_status"], row["duration_ms"],
+            row["sender"], row["user_agent"], row["rid"], row["body"])
         for row in beats if row["signal"] != "start" or row["run"]
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """How long something took, in milliseconds."""
-
-    shortest: int
-    typical: int
-    longest: int
-
-    def __str__(self) -> str:
-        """ "1 d typically, 23 h 58 min to 1 d 2 min" """
-        typical, shortest, longest = (
-            format_duration(ms) for ms in (self.typical, self.shortest, self.longest)
-        )
-        return f"{typical} typically, {shortest} to {longest}"
 
 
 @dataclass(frozen=True, slots=True)
 class Rhythm:
     """How a monitor's last heartbeats came, and a line of advice where the settings do not fit."""
 
-    apart: Spread | None
-    lasted: Spread | None
+    apart: str | None  # "1 d typically, 23 h 58 min to 1 d 2 min"
+    lasted: str | None
     advice: str | None
 
 
@@ -3144,12 +3072,17 @@ def read_rhythm(monitor: Monitor, beats: Sequence[sqlite3.Row]) -> Rhythm:
     times = sorted(row["at"] for row in beats if row["signal"] == "success")
     gaps = sorted(later - earlier for earlier, later in itertools.pairwise(times))
     lasted = sorted(row["duration_ms"] for row in beats if row["duration_ms"] is not None)
-    apart, runs = (
-        Spread(found[0], found[len(found) // 2], found[-1]) if found else None
-        for found in (gaps, lasted)
-    )
-    advice = _advise(monitor, times, gaps) if len(times) >= _SEEN_FOR_ADVICE else None
-    return Rhythm(apart, runs, advice)
+    advice = _advise(monitor, times, gaps) if len(gaps) >= 3 else None
+    return Rhythm(_spread(gaps), _spread(lasted), advice)
+
+
+def _spread(durations: Sequence[int]) -> str | None:
+    """`durations`: the shortest first."""
+    if not durations:
+        return None
+    shortest, typical, longest = (format_duration(durations[place])
+                                  for place in (0, len(durations) // 2, -1))
+    return f"{typical} typically, {shortest} to {longest}"
 
 
 def _advise(monitor: Monitor, times: Sequence[int], gaps: Sequence[int]) -> str | None:
@@ -3163,7 +3096,7 @@ def _advise(monitor: Monitor, times: Sequence[int], gaps: Sequence[int]) -> str 
         due = monitor.schedule.next_after(start, (times[-1] - start) // monitor.interval + 2)
         early = min(monitor.grace, monitor.interval // 10)
         late = sorted(at - due[bisect.bisect(due, at + early) - 1] for at in times if due[0] <= at)
-        off = round(late[len(late) // 2] / _HALF_HOUR) * _HALF_HOUR if late else 0
+        off = round(late[len(late) // 2] / (30 * MINUTE)) * 30 * MINUTE if late else 0
         if off and late[-1] - late[0] <= 10 * MINUTE and abs(late[0] - off) <= 5 * MINUTE:
             off -= monitor.interval if off > monitor.interval // 2 else 0
             way = "after" if off > 0 else "before"
@@ -3209,67 +3142,31 @@ PAUSES = (10 * SECOND, 30 * SECOND, MINUTE, 5 * MINUTE, 15 * MINUTE, HOUR)
 GIVE_UP_AFTER = 3 * DAY  # of trying to send an alert
 ATTEMPT_WITHIN = 1 * MINUTE  # what takes longer has failed, whatever its thread still does
 HANGING = 3  # threads of a channel that may be left behind so, before it is tried no more
-LATE = 10 * MINUTE  # a message that could not be delivered for so long says so
 MESSAGES_AN_HOUR = 6  # about one monitor; beyond that one that counts
 VERDICT_WITHIN = 5 * MINUTE  # a missed deadline waits for that of a monitor it depends on
 LOOK_AGAIN = 10 * SECOND  # at a monitor that another one's alert waits for
 LIMITED = "too many messages: the next one comes an hour after the last"
-LISTED = 20  # alerts that one message describes; of the others it gives the names
-NTFY = {"ntfy", "ntfys"}
-NTFY_ROOM = 3_900  # bytes; Apprise thinks it takes more, but a server refuses over 4,096
-OUTPUT_LINES, OUTPUT_WIDTH = 10, 300  # of the job's output, its last lines
-NAME_SHOWN, NOTE_SHOWN, NAMED = 200, 1_000, 20  # characters, and names of what depends on one
+LISTED = 20  # alerts that one message describes, dependents that it names; the others it counts
+NAME_SHOWN = 200  # characters
 # Services that format text: between fences nothing is formatted, and nobody called.
 FENCED = {"discord", "slack", "mmost", "mmosts", "rocket", "rockets", "zulip", "wxteams", "webex",
           "msteams", "guilded", "revolt", "matrix", "matrixs"}
 
 
-class _Captured(logging.Handler):
-    """Holds what Apprise logs while a thread of ours sends, for the error that we report."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: dict[int, list[str]] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        lines = self.lines.get(record.thread or 0)
-        if lines is not None:
-            lines.append(record.getMessage())
-
-
-_captured = _Captured()
-
-
-def _apprise() -> Any:
-    """The module, its log turned away from ours: it may hold secrets (law 9)."""
-    import apprise
-
-    logger = logging.getLogger("apprise")
-    if _captured not in logger.handlers:
-        logger.addHandler(_captured)
-        logger.propagate = False
-    return apprise
-
-
 def accepts(url: str) -> str | None:
     """What is wrong with a channel's URL, in words that don't show it; None: nothing."""
+    import apprise
+
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
     if not scheme:
         return "is not an Apprise URL: it must begin with a service, such as ntfy://"
-    apprise = _apprise()
     try:
         if apprise.Apprise().add(url):
             return None
     except Exception:  # its text may hold the URL
         log.debug("Apprise failed on a URL")
-    known = any(
-        scheme[1].lower() in (service.get(names) or ())
-        for service in apprise.Apprise().details()["schemas"]
-        for names in ("protocols", "secure_protocols")
-    )
-    if known:
-        return f"Apprise does not accept this {scheme[1]}:// URL; check its parts"
-    return f"Apprise knows no service {scheme[1]}://"
+    return (f"Apprise does not accept this {scheme[1]}:// URL: a part of it is wrong, or Apprise "
+            f"knows no service {scheme[1]}://")
 
 
 def mask(text: str, urls: Iterable[str]) -> str:
@@ -3280,12 +3177,13 @@ def mask(text: str, urls: Iterable[str]) -> str:
         parts = set(re.split(r"[/@:?&=#,;+]+", rest))
         if "." in host or host == "localhost":
             parts.discard(host)
-        decoded = {unquote(part) for part in parts}
-        for encode in (quote, partial(quote, safe=""), quote_plus):
-            parts |= set(map(encode, decoded))
-        secrets = sorted((part for part in parts | decoded if len(part) >= 4), key=len)
-        for part in reversed(secrets):
-            text = re.sub(re.escape(part), "***", text, flags=re.IGNORECASE)
+        parts |= {
+            encode(unquote(part))
+            for part in parts for encode in (str, quote, partial(quote, safe=""), quote_plus)
+        }
+        for part in sorted(parts, key=len, reverse=True):
+            if len(part) >= 4:
+                text = re.sub(re.escape(part), "***", text, flags=re.IGNORECASE)
     text = re.sub(r"\b([a-z][a-z0-9+.-]*)://\S+", r"\1://***", text, flags=re.IGNORECASE)
     return " ".join(text.split())[:300]
 
@@ -3295,28 +3193,32 @@ def send(urls: Sequence[str], title: str, body: str, kind: str) -> str | None:
 
     `kind` is one of Apprise's types: failure, success, warning, info.
     """
-    lines = _captured.lines[threading.get_ident()] = []
+    import apprise
+
+    own, logged, errors = threading.get_ident(), io.StringIO(), []
+    handler = logging.StreamHandler(logged)  # of why it fails Apprise says no more than its log
+    handler.setLevel(logging.WARNING)
+    handler.addFilter(lambda record: record.thread == own)
+    logging.getLogger("apprise").addHandler(handler)
     try:
-        apprise = _apprise()
         asset = apprise.AppriseAsset(async_mode=False, app_id="Larm", app_desc="Larm")
         sender = apprise.Apprise(asset=asset)
-        services = [apprise.Apprise.instantiate(url, asset=asset) for url in urls]
-        if not all(services):
-            lines.append("Apprise does not accept the channel's URL")
-        else:
-            for url, service in zip(urls, services, strict=True):
-                if "overflow=" not in url:  # what is too long for a service comes in parts
-                    service.overflow_mode = apprise.OverflowMode.SPLIT
-                sender.add(service)
-            result = sender.notify(body=body, title=title, notify_type=kind, body_format="text")
-            if result:  # a bool, or None for nothing sent; since Apprise 2 an object like a bool
-                return None
-            lines += [entry.message for entry in result.logs()] if hasattr(result, "logs") else []
+        for url in urls:
+            if (service := apprise.Apprise.instantiate(url, asset=asset)) is None:
+                raise ValueError("Apprise does not accept the channel's URL")
+            if "overflow=" not in url:  # what is too long for a service comes in parts
+                service.overflow_mode = apprise.OverflowMode.SPLIT
+            sender.add(service)
+        result = sender.notify(body=body, title=title, notify_type=kind, body_format="text")
+        if result:  # a bool, or None for nothing sent; since Apprise 2 an object like a bool
+            return None
+        errors += [entry.message for entry in result.logs()] if hasattr(result, "logs") else []
     except (Exception, SystemExit) as error:  # a plugin of Apprise's may raise anything
-        lines.append(f"{type(error).__name__}: {error}")
+        errors.append(f"{type(error).__name__}: {error}")
     finally:
-        del _captured.lines[threading.get_ident()]
-    return mask("; ".join(dict.fromkeys(lines)) or "the service did not accept it", urls)
+        logging.getLogger("apprise").removeHandler(handler)
+    errors = [*logged.getvalue().splitlines(), *errors]
+    return mask("; ".join(dict.fromkeys(errors)) or "the service did not accept it", urls)
 
 
 def send_test(config: Config, channel: str) -> str | None:
@@ -3325,39 +3227,6 @@ def send_test(config: Config, channel: str) -> str | None:
     return send(config.channels[channel], "Test alert from Larm", text, "info")
 
 
-@dataclass(frozen=True)
-class Paper:
-    """What a message by an Apprise URL is written on."""
-
-    scheme: str = ""
-    room: int = 1_000  # bytes
-    format: str = "text"  # into which Apprise turns the text before it is counted
-
-    @staticmethod
-    def of(url: str) -> Paper:
-        scheme = url.partition("://")[0].lower()
-        try:
-            service = _apprise().Apprise.instantiate(url)
-            longest = NTFY_ROOM if scheme in NTFY else int(service.body_maxlen)
-            longest -= NAME_SHOWN if service.title_maxlen <= 0 else 0
-            format = service.notify_format
-            if hasattr(service, "resolve_format"):  # since Apprise 2 a service takes several
-                format = service.resolve_format("text")
-            return Paper(scheme, longest, str(getattr(format, "value", format)))
-        except Exception:  # send() tells what is wrong with it
-            return Paper(scheme)
-
-    def size(self, text: str) -> int:
-        """Bytes that a text takes there."""
-        if self.scheme in NTFY:  # it reads 2 x 4,096 bytes of JSON, in which Apprise escapes much
-            return max(len(text.encode()), len(json.dumps(text)) // 2)
-        with contextlib.suppress(Exception):  # of an Apprise that converts in another way
-            convert: Any = importlib.import_module("apprise.conversion").convert_between
-            return len(convert("text", self.format, text).encode())
-        return len(text.encode())
-
-
-_ERASE = re.compile(r"\x1b\[[02]?K")  # the rest of the line
 _CONTROLS = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]"  # colours, and moving the cursor
     r"|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?"  # titles, links and the like
@@ -3372,7 +3241,7 @@ def plain(text: str) -> str:
     for line in text.replace("\r\n", "\n").split("\n"):
         shown = ""
         for part in line.split("\r"):
-            first, *others = (_CONTROLS.sub("", one) for one in _ERASE.split(part))
+            first, *others = (_CONTROLS.sub("", one) for one in re.split(r"\x1b\[[02]?K", part))
             shown = "".join([first, *others]) if others else first + shown[len(first) :]
         lines.append(shown)
     return "\n".join(lines)
@@ -3380,99 +3249,118 @@ def plain(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """What one channel is told about one monitor, or one trouble of Larm's: its untold events, of
-    which the newest is described.
+    """What one channel is told about one monitor, or one trouble of Larm's: of its events the
+    untold ones, or again the newest.
     """
 
-    row: sqlite3.Row  # the newest one's delivery, with its event, monitor and heartbeat
-    ids: tuple[int, ...]  # of the deliveries
-    downs: tuple[int, ...]  # when it went down, of what is untold
-    is_reminder: bool
-    is_limited: bool  # whether it waited, since there were too many messages
-    tried_from: int | None
+    rows: Sequence[sqlite3.Row]  # deliveries, oldest first, with their events and monitor
+
+    @property
+    def newest(self) -> sqlite3.Row:
+        return self.rows[-1]
+
+    @property
+    def downs(self) -> list[sqlite3.Row]:
+        return [row for row in self.rows if row["type"] == "down"]
 
     @property
     def label(self) -> str:
-        if self.row["key"] is None:
+        if self.newest["key"] is None:
             return "LARM"
-        return "STILL DOWN" if self.is_reminder else str(self.row["type"]).upper()
+        return "STILL DOWN" if self.newest["state"] == "sent" else str(self.newest["type"]).upper()
 
     @property
     def subject(self) -> str:
         """The name of the monitor, or what it says of Larm."""
-        return plain(self.row["name"] or self.row["text"].partition("\n")[0])[:NAME_SHOWN]
-
-
-@dataclass(frozen=True)
-class Message:
-    title: str
-    body: str
-    kind: str
+        return plain(self.newest["name"] or self.newest["text"].partition("\n")[0])[:NAME_SHOWN]
 
 
 class Composer:
-    """Writes the messages of one moment. `gaps`: Larm's, since before the alerts' heartbeats."""
+    """Writes the messages of one moment for one Apprise URL."""
 
-    def __init__(self, config: Config, gaps: Sequence[sqlite3.Row], now: int, paper: Paper) -> None:
-        self._config, self._now, self._paper = config, now, paper
+    def __init__(self, config: Config, gaps: Iterable[sqlite3.Row], now: int, url: str) -> None:
+        """`gaps`: Larm's, since before the alerts' heartbeats."""
+        self._config, self._now = config, now
         self._gaps = [gap for gap in gaps if gap["why"] == "away"
                       and gap["to_at"] - gap["from_at"] > GAP]
+        self._scheme = url.partition("://")[0].lower()
+        self._room = 1_000  # bytes
+        self._convert: Callable[[str], str] = str
+        self._fences: list[str] = []
+        with contextlib.suppress(Exception):  # of a URL that send() complains of, or a new Apprise
+            service: Any = importlib.import_module("apprise").Apprise.instantiate(url)
+            # A server of ntfy's refuses over 4,096 bytes, though Apprise thinks that it takes more.
+            self._room = 3_900 if self._scheme in ("ntfy", "ntfys") else service.body_maxlen
+            self._room -= NAME_SHOWN if service.title_maxlen <= 0 else 0
+            format = service.notify_format
+            if hasattr(service, "resolve_format"):  # since Apprise 2 a service takes several
+                format = service.resolve_format("text")
+            format = str(getattr(format, "value", format))
+            self._fences = ["```"] if self._scheme in FENCED and format == "text" else []
+            convert = importlib.import_module("apprise.conversion").convert_between
+            self._convert = partial(convert, "text", format)
 
-    def compose(self, alerts: Sequence[Alert]) -> Message:
-        """One message of a channel's alerts, at least one.
+    def _size(self, text: str) -> int:
+        """Bytes that a text takes in what is sent."""
+        if self._scheme in ("ntfy", "ntfys"):  # it reads 2 x 4,096 bytes of JSON, much escaped
+            return max(len(text.encode()), len(json.dumps(text)) // 2)
+        return len(self._convert(text).encode())
 
-        It keeps to the paper's room where it can: the first are described, the others named, and of
-        what is left the message says how many there are and where.
+    def compose(self, alerts: Sequence[Alert]) -> tuple[str, str, str]:
+        """One message of a channel's alerts: its title, text and kind.
+
+        It keeps to the room that there is: the first are described, the others named, and of what
+        is left the message says how many there are and where.
         """
         names: dict[str, list[str]] = defaultdict(list)
         for alert in alerts:
             names[alert.label].append(alert.subject)
         title = ", ".join(
-            f"{word}: {found[0] if len(found) == 1 else counted(len(found), noun)}"
-            for word in ("DOWN", "STILL DOWN", "UP", "LARM") if (found := names[word])
-            for noun in ("notice" if word == "LARM" else "monitor",)
+            f"{label}: {found[0] if len(found) == 1 else counted(len(found), noun)}"
+            for label, found in sorted(names.items())
+            for noun in ("notice" if label == "LARM" else "monitor",)
         )
-        text, size = "", self._paper.size
+        is_bad = any(one.label == "STILL DOWN" or (one.label == "LARM" and one.downs)
+                     for one in alerts)
+        kind = "failure" if "DOWN" in names else "warning" if is_bad else "success"
+        if len(alerts) == 1:
+            return title, self._describe(alerts[0], self._room), kind
+        text = ""
         for number, alert in enumerate(alerts):
             rest = f"\n\nAnd {len(alerts) - number} more: {self._config.url}/"
-            left = self._paper.room - size(text) - (size(rest) if len(alerts) > 1 else 0) - 12
-            told = f"{alert.label}: {alert.subject}"
-            if number < LISTED and size(described := self._describe(alert, left)) <= left:
-                told = described
-            elif len(alerts) == 1:
-                told = self._describe(alert, left)
-            elif size(told) > left:
+            left = self._room - self._size(text + rest) - 12  # for line ends
+            forms = [self._describe(alert, left)] if number < LISTED else []
+            forms.append(f"{alert.label}: {alert.subject}")
+            told = next((form for form in forms if self._size(form) <= left), None)
+            if told is None:
                 text += rest
                 break
             text += ("\n" if number > LISTED else "\n\n" if text else "") + told
-        is_bad = names["STILL DOWN"] or (names["LARM"] and any(one.downs for one in alerts))
-        kind = "failure" if names["DOWN"] else "warning" if is_bad else "success"
-        return Message(title, text, kind)
+        return title, text, kind
 
     def _describe(self, alert: Alert, room: int) -> str:
         """What happened and when, what was expected, what the job said, and where to look."""
-        row = alert.row
+        row = alert.newest
         monitor = self._config.monitors.get(row["key"])
-        lines = [self._headline(alert)]
+        lines = [self._headline(alert, monitor)]
         if row["key"] and row["type"] == "down":
             lines += self._circumstances(row, monitor)
-        off = [gap for gap in self._gaps if gap["from_at"] >= row["event_at"]]
-        if alert.tried_from is not None and self._now - alert.tried_from > LATE:
+        is_tried = any((one["tried_from"] or self._now) < self._now - 10 * MINUTE
+                       for one in alert.rows)
+        was_off = any(gap["from_at"] >= row["event_at"] for gap in self._gaps)
+        if is_tried or (was_off and alert.label in ("DOWN", "UP")):
             lines.append("This alert is late: it could not be delivered before.")
-        elif off and not alert.is_reminder and row["key"]:
-            lines.append(f"This alert is late: {describe_gap(off[0], self._config.timezone)}.")
-        more = [plain(monitor.note)[:NOTE_SHOWN]] if monitor and monitor.note else []
+        more = [plain(monitor.note)[:1_000]] if monitor and monitor.note else []
         more.append(f"{self._config.url}/" + (f"monitor/{row['key']}" if row["key"] else ""))
-        said = row["body"] if row["type"] == "down" else None
-        output = [line[:OUTPUT_WIDTH] for line in plain(said or "").strip().splitlines()]
-        is_fenced = self._paper.scheme in FENCED and self._paper.format == "text"
-        fences = ["```"] if is_fenced else []
-        for count in range(min(OUTPUT_LINES, len(output)), 0, -1):
-            end = [line.replace("```", "'''") if fences else _uncalled(line)
-                   for line in output[-count:]]
-            full = "\n".join([*lines, "Output:", *fences, *end, *fences, *more])
-            if self._paper.size(full) <= room:
+        output = plain(row["body"] or "").strip().splitlines() if row["type"] == "down" else []
+        # A space of no width stands behind whatever would call people or begin a link.
+        said = [re.sub(r"(?<![\w.])@(?=\w)|<(?=[@!#])|\](?=\()|`(?=``)", "\\g<0>\u200b", line[:300])
+                for line in output[-10:]]
+        while said:
+            full = "\n".join([*lines, "Output:", *self._fences, *said, *self._fences, *more])
+            if self._size(full) <= room:
                 return full
+            del said[0]
         return "\n".join([*lines, *more])
 
     def _circumstances(self, row: sqlite3.Row, monitor: Monitor | None) -> list[str]:
@@ -3487,7 +3375,7 @@ class Composer:
             if (row["running_since"] or 0) > (last or 0):
                 since = iso_local(row["running_since"], zone)
                 lines.append(f"It started {since} and has not ended yet.")
-            elif row["says_start"]:
+            elif row["running_since"] is not None:
                 lines.append("It did not start.")
             lines += [
                 f"{describe_gap(gap, zone)}, when this heartbeat may have come."
@@ -3497,76 +3385,50 @@ class Composer:
         names = [plain(one.name)[:NAME_SHOWN] for one in self._config.monitors.values()
                  if row["key"] in ancestors(self._config.monitors, one.key)]
         if names:
+            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
             verb = "depends" if len(names) == 1 else "depend"
-            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             lines.append(f"{counted(len(names), 'monitor')} {verb} on it: "
-                         f"{', '.join(names[:NAMED])}{more}.")
+                         f"{', '.join(names[:LISTED])}{more}.")
         return lines
 
-    def _headline(self, alert: Alert) -> str:
+    def _headline(self, alert: Alert, monitor: Monitor | None) -> str:
         """What has happened to a monitor, or to Larm, and when."""
-        row, name, zone = alert.row, alert.subject, self._config.timezone
-        at, lasted = iso_local(row["event_at"], zone), format_duration(row["down_ms"] or 0)
+        row, name, zone = alert.newest, alert.subject, self._config.timezone
+        at = iso_local(row["event_at"], zone)
         when = f"{at}, {far_from(row['event_at'], self._now)}"
-        monitor = self._config.monitors.get(row["key"])
-        limit = monitor.max_runtime if monitor else None
-        why = describe_cause(row["reason"], row["exit_status"], limit)
-        if row["duration_ms"] and row["reason"] == "failed":
-            why += f" after {format_duration(row['duration_ms'])}"
-        start = iso_local(alert.downs[0], zone) if alert.downs else ""
         if row["key"] is None:
             return f"Larm: {plain(row['text'])} ({when})."
-        if len(alert.ids) > 2:
+        start = iso_local(alert.downs[0]["event_at"], zone) if alert.downs else ""
+        lasted = format_duration(row["down_ms"] or 0)
+        limit = monitor.max_runtime if monitor else None
+        why = describe_cause(row["reason"], row["exit_status"], limit)
+        if len(alert.rows) > 2:
             now = f"down now: {why}" if row["type"] == "down" else "up now"
             return (f"{name} went down {counted(len(alert.downs), 'time')} from {start} to {at}, "
                     f"{now}.")
-        if row["type"] == "up" and start:
-            return f"{name} was down from {start} to {at}, for {lasted}, and is up again."
         if row["type"] == "up":
+            if start:
+                return f"{name} was down from {start} to {at}, for {lasted}, and is up again."
             return f"{name} is up again, after {lasted} down ({when})."
-        still = "down"
-        if alert.is_reminder:
-            still = f"still down, for {format_duration(self._now - row['event_at'])}"
-        if row["reason"] == "missed":
-            return f"{name} is {still}: no heartbeat by {when}."
-        return f"{name} is {still}: {why} ({when})."
-
-
-def _uncalled(line: str) -> str:
-    """A job's line in which nothing calls people or is a link, unless it is one: a space of no
-    width stands behind what would begin it.
-    """
-    return re.sub(r"(?<![\w.])@(?=\w)|<(?=[@!#])|\](?=\()", "\\g<0>\u200b", line)
+        why = f"no heartbeat by {when}" if row["reason"] == "missed" else f"{why} ({when})"
+        if alert.label == "STILL DOWN":
+            lasted = format_duration(self._now - row["event_at"])
+            return f"{name} is still down, for {lasted}: {why}."
+        return f"{name} is down: {why}."
 
 
 def describe_channel(row: sqlite3.Row | None, zone: tzinfo, now: int) -> str:
     """What became of the last alerts to a channel, as read_channels() gives it."""
     if row is None:
         return "nothing sent yet"
-    found = []
-    for column, what in (("sent_at", "last sent"), ("failed_at", "last failed")):
-        if (at := row[column]) is not None:
-            found.append(f"{what} {iso_local(at, zone)[:19]} ({far_from(at, now)})")
-    if row["failing_since"] is not None:
-        found.append(str(row["error"]))
+    found = [
+        f"{what} {iso_local(row[column], zone)[:19]} ({far_from(row[column], now)})"
+        for column, what in (("sent_at", "last sent"), ("failed_at", "last failed"))
+        if row[column] is not None
+    ]
+    found += [str(row["error"])] if row["failing_since"] is not None else []
     found += [f"{counted(row['pending'], 'alert')} waiting"] if row["pending"] else []
     return "; ".join(found)
-
-
-def quiet_until(monitor: Monitor, zone: tzinfo, now: int) -> int | None:
-    """The end of the monitor's quiet hours, where it is in them."""
-    local = datetime.fromtimestamp(now // SECOND, zone)
-    for first_day in (local.date() - timedelta(1), local.date()):
-        for start, end in monitor.quiet:
-            last_day = first_day + timedelta(int(end <= start))
-            from_at, to_at = (
-                round((datetime(day.year, day.month, day.day, tzinfo=zone)
-                       + timedelta(milliseconds=ms)).timestamp()) * SECOND
-                for day, ms in ((first_day, start), (last_day, end))
-            )
-            if from_at <= now < to_at:
-                return to_at
-    return None
 
 
 @dataclass
@@ -3574,12 +3436,11 @@ class Attempt:
     """A message on its way to a channel, in a thread of its own."""
 
     channel: str
-    alerts: Sequence[Alert]
     urls: tuple[str, ...]
+    alerts: Sequence[Alert]
     started: int  # monotonic
     thread: threading.Thread = field(default_factory=threading.Thread)
-    is_given_up: bool = False
-    is_sent: bool = False
+    state: str = "under way"  # sent: that is being noted; given up: it hangs
 
 
 class Notifier:
@@ -3594,10 +3455,10 @@ class Notifier:
         self._clock = clock
         self._config: Config
         self._by_id: Mapping[int, Watched] = {}
-        self._planned: dict[str, list[Alert]] = {}
-        self._attempts: dict[str, Attempt] = {}
-        self._hanging: list[Attempt] = []
-        self._accepted: dict[tuple[str, str], set[int]] = {}  # of a channel's URLs some may fail
+        self._planned: list[Attempt] = []
+        self._attempts: list[Attempt] = []
+        # What some of a channel's URLs have accepted and others not: URL, delivery.
+        self._accepted: dict[str, set[tuple[str, int]]] = defaultdict(set)
         self._warning: dict[str, threading.Thread] = {}
         self.tries: Counter[tuple[str, str]] = Counter()  # since the start, by channel and result
         self._stopping = threading.Event()
@@ -3609,34 +3470,51 @@ class Notifier:
     # Judging: a step of the tick
 
     def plan(self, db: sqlite3.Connection, now: int) -> None:
-        """Judge what is due by now: it is sent, or due later, or not to be told any more."""
-        planned = {}
-        due = db.execute("SELECT DISTINCT channel FROM deliveries WHERE due_at <= ?", (now,))
-        for [channel] in due.fetchall():
-            if channel not in self._config.channels:
-                db.execute("""
-                    UPDATE deliveries
-                    SET state = IIF(state = 'sent', 'sent', 'failed'), due_at = NULL,
-                        tried_from = NULL, error = :gone
-                    WHERE channel = :channel AND due_at NOTNULL
-                    """, {"channel": channel, "gone": "the channel is not in larm.toml any more"})
-            elif channel not in self._attempts or not self._attempts[channel].thread.is_alive():
-                planned[channel] = self._judge_channel(db, channel, now)
+        """Give up on what takes too long, and judge what is due by now: it is sent, or due later,
+        or not to be told any more.
+        """
+        monotonic, urls = self._clock.monotonic(), self._config.channels
+        self._attempts = [one for one in self._attempts if one.thread.is_alive()]
+        for one in self._attempts:
+            is_slow = monotonic - one.started > ATTEMPT_WITHIN
+            if one.state == "under way" and (is_slow or one.urls != urls.get(one.channel)):
+                one.state = "given up"
+                self._note(db, one, f"no answer within {format_duration(ATTEMPT_WITHIN)}")
+        under_way = {one.channel for one in self._attempts if one.state != "given up"}
+        planned = []
+        for [channel] in rows(db, "SELECT DISTINCT channel FROM deliveries WHERE due_at <= :now",
+                              now=now):
+            is_gone = channel not in urls
+            put_off(db, rows(db, """
+                SELECT id
+                FROM deliveries
+                WHERE channel = :channel AND due_at NOTNULL
+                AND (:is_gone OR (state = 'pending' AND tried_from < :long_ago))
+                """, channel=channel, is_gone=is_gone, long_ago=now - GIVE_UP_AFTER),
+                None, "the channel is not in larm.toml any more" if is_gone else None)
+            if is_gone or channel in under_way:
+                continue
+            alerts = self._judge_channel(db, channel, now)
+            attempt = Attempt(channel, urls[channel], alerts, monotonic)
+            if alerts and [one.urls for one in self._attempts].count(attempt.urls) >= HANGING:
+                self._note(db, attempt, f"{HANGING} attempts before this one still hang")
+            elif alerts:
+                planned.append(attempt)
         self._store.after_commit.append(lambda: setattr(self, "_planned", planned))
 
     def _judge_channel(self, db: sqlite3.Connection, channel: str, now: int) -> list[Alert]:
         """The channel's alerts that make one message now: all that came within 3 s, and all that
         could not be sent before, so that their order is kept.
         """
-        groups: dict[object, list[sqlite3.Row]] = {}
+        groups: dict[object, list[sqlite3.Row]] = defaultdict(list)
         for row in rows(db, """
             SELECT d.*, e.monitor_id, e.type, e.at AS event_at, e.reason, e.last_heartbeat_at,
-                e.down_ms, e.topic, e.text, m.key, m.name, m.state AS now_state, m.received_at,
-                h.body, h.exit_status, h.duration_ms,
-                (SELECT MAX(at) FROM heartbeats WHERE monitor_id = m.id AND run NOTNULL)
-                    AS running_since,
-                EXISTS (SELECT 1 FROM heartbeats WHERE monitor_id = m.id AND signal = 'start')
-                    AS says_start
+                e.down_ms, e.topic, e.text, m.key, m.name, m.received_at, h.body, h.exit_status,
+                (SELECT IIF(run NOTNULL, at, 0) FROM heartbeats WHERE monitor_id = m.id
+                    AND signal = 'start' ORDER BY id DESC LIMIT 1) AS running_since,  -- 0: ended
+                m.state = 'down' AND e.id = (SELECT MAX(id) FROM events WHERE monitor_id = m.id)
+                    AND NOT EXISTS (SELECT 1 FROM gaps WHERE open AND monitor_id = m.id)
+                    AS is_still_down
             FROM deliveries d
             JOIN events e ON e.id = d.event_id
             LEFT JOIN monitors m ON m.id = e.monitor_id
@@ -3652,102 +3530,77 @@ class Notifier:
             ORDER BY d.id
             LIMIT :limit
             """, channel=channel, soon=now + DIGEST_WITHIN, limit=BATCH):
-            groups.setdefault(row["topic"] or row["monitor_id"], []).append(row)
+            groups[row["topic"] or row["monitor_id"]].append(row)
         alerts = []
         for group in groups.values():
-            told = untold = [row for row in group if row["state"] == "pending"]
-            if not untold and self._is_still_down(db, group[-1]):
-                told = group
-            else:  # no reminder beside news, or of what is over
-                _put_off(db, [(None, None, row["id"]) for row in group if row["state"] == "sent"])
-            if not told:
-                continue
-            watched = self._by_id.get(told[0]["monitor_id"])
-            waits = self._waits(db, watched, told, channel, now) if watched else None
-            if waits is None:
-                tried = [row["tried_from"] for row in told if row["tried_from"] is not None]
-                downs = [row["event_at"] for row in told if row["type"] == "down"]
-                alerts.append(Alert(told[-1], tuple(row["id"] for row in told), tuple(downs),
-                                    not untold, any(row["error"] == LIMITED for row in told),
-                                    min(tried, default=None)))
-            elif waits[0] is None:
-                db.executemany("""
-                    UPDATE deliveries
-                    SET state = 'failed', due_at = NULL, tried_from = NULL, error = ? WHERE id = ?
-                    """, [(waits[1], row["id"]) for row in told])
-            else:
-                _put_off(db, [(*waits, row["id"]) for row in told])
-        return sorted(alerts, key=lambda alert: alert.ids[-1])
-
-    def _is_still_down(self, db: sqlite3.Connection, told: sqlite3.Row) -> bool:
-        """Whether there is something to remind of."""
-        watched = self._by_id.get(told["monitor_id"])
-        if watched is None or not watched.monitor.remind or told["now_state"] != "down":
-            return False
-        newest = first(db, """
-            SELECT id FROM events
-            WHERE monitor_id = :id
-            AND NOT EXISTS (SELECT 1 FROM gaps WHERE open AND monitor_id = :id)
-            ORDER BY id DESC LIMIT 1
-            """, id=watched.id)
-        return bool(newest == told["event_id"])
+            watched, newest = self._by_id.get(group[-1]["monitor_id"]), group[-1]
+            told = [row for row in group if row["state"] == "pending"]
+            if not told and watched and watched.monitor.remind and newest["is_still_down"]:
+                told = [newest]
+            # No reminder comes beside news, nor of what is over.
+            put_off(db, [row for row in group if row not in told], None, None)
+            waits = self._waits(db, watched, told, channel, now) if told and watched else None
+            if waits is not None:
+                put_off(db, told, *waits)
+            elif told:
+                alerts.append(Alert(told))
+        is_due = any(row["due_at"] <= now for alert in alerts for row in alert.rows)
+        return sorted(alerts, key=lambda alert: alert.newest["id"]) if is_due else []
 
     def _waits(
         self, db: sqlite3.Connection, watched: Watched, told: Sequence[sqlite3.Row], channel: str,
         now: int,
     ) -> tuple[int | None, str] | None:
         """(until when, why) news about a monitor is not told yet; None, why: it never will be."""
-        newest, oldest = told[-1], told[0]
+        oldest, newest = told[0], told[-1]
         if newest["type"] == "down":
             if held := self._held(db, watched, newest, now):
                 return held
         elif oldest["type"] == "down" and oldest["tried_from"] is None:
-            held = self._held(db, watched, oldest, now)
-            if (oldest["error"] or "").startswith(HELD) or (held and held[1].startswith(HELD)):
+            _, why = self._held(db, watched, oldest, now) or (0, "")
+            if why.startswith(HELD) or (oldest["error"] or "").startswith(HELD):
                 return None, "withdrawn: it came up again with what it depends on"
-        if until := quiet_until(watched.monitor, self._config.timezone, now):
-            clock = iso_local(until, self._config.timezone)[11:16]
-            return min(until, now + MINUTE), f"quiet until {clock}"  # it may be changed
-        sent = rows(db, """
-            SELECT at, limited
+        local = datetime.fromtimestamp(now // SECOND, self._config.timezone)
+        clock = local.hour * HOUR + local.minute * MINUTE + local.second * SECOND + now % SECOND
+        for start, end in watched.monitor.quiet:
+            if (clock - start) % DAY < ((end - start) % DAY or DAY):
+                left = min((end - clock) % DAY or DAY, MINUTE)  # the hours may be changed
+                return now + left, f"quiet until {end // HOUR:02}:{end % HOUR // MINUTE:02}"
+        [sent] = rows(db, """
+            SELECT COUNT(*) AS messages, MAX(at) AS at, limited  -- that of the last one
             FROM messages
             WHERE monitor_id = :id AND channel = :channel AND at > :since
-            ORDER BY at DESC
-            LIMIT :most
-            """, id=watched.id, channel=channel, since=now - HOUR, most=MESSAGES_AN_HOUR)
+            """, id=watched.id, channel=channel, since=now - HOUR)
         most = MESSAGES_AN_HOUR - (newest["state"] == "sent")  # a reminder keeps no news waiting
-        if len(sent) >= most or (sent and sent[0]["limited"]):
-            return sent[0]["at"] + HOUR, LIMITED
+        if sent["messages"] >= most or sent["limited"]:
+            return sent["at"] + HOUR, LIMITED
         return None
 
     def _held(
         self, db: sqlite3.Connection, watched: Watched, event: sqlite3.Row, now: int
     ) -> tuple[int, str] | None:
         """(until when, why) the alert that a monitor is down waits for one that it depends on."""
-        verdict: tuple[int, str] | None = None
-        for parent_id in watched.above:
-            parent = db.execute("""
-                SELECT * FROM monitors
-                WHERE id = :id AND NOT EXISTS (SELECT 1 FROM gaps WHERE open AND monitor_id = :id)
-                """, {"id": parent_id}).fetchone()
-            if parent is None:
-                continue
+        verdict = None
+        for parent in rows(db, """
+            SELECT m.key, m.state, m.deadline_at, e.at AS back_at,
+                COALESCE(m.base_at, 0) + m.moved AS heard_at,  -- in today's time
+                (SELECT COALESCE(SUM(to_at - MAX(from_at, e.at)), 0)
+                 FROM gaps WHERE why = 'away' AND to_at > e.at) AS off
+            FROM monitors m
+            LEFT JOIN events e ON e.type = 'up'
+                AND e.id = (SELECT MAX(id) FROM events WHERE monitor_id = m.id)
+            WHERE m.id IN (SELECT value FROM json_each(:above))
+            AND NOT EXISTS (SELECT 1 FROM gaps WHERE open AND monitor_id = m.id)
+            """, above=json.dumps(watched.above)):
             if parent["state"] == "down":
                 return now + LOOK_AGAIN, f"{HELD}{parent['key']} is down"
             if event["reason"] != "missed" or event["event_at"] > now:  # the clock was set back
                 continue
-            back = newest_up(db, parent_id)
-            if back is not None and (event["received_at"] or 0) < back["at"] <= now:
-                off = first(db, """
-                    SELECT COALESCE(SUM(to_at - MAX(from_at, :back)), 0)
-                    FROM gaps
-                    WHERE why = 'away' AND to_at > :back
-                    """, back=back["at"])
-                until = back["at"] + off + min(watched.monitor.interval, HOUR)
+            if (event["received_at"] or 0) < (parent["back_at"] or 0) <= now:
+                until = parent["back_at"] + parent["off"] + min(watched.monitor.interval, HOUR)
                 if until > now:
                     return until, f"{HELD}{parent['key']} has just come back"
-            heard_at = (parent["base_at"] or 0) + parent["moved"]  # in today's time
-            if parent["deadline_at"] and heard_at < event["event_at"]:
+            if parent["deadline_at"] and parent["heard_at"] < event["event_at"]:
                 until = min(parent["deadline_at"] + DIGEST_WITHIN,
                             event["event_at"] + VERDICT_WITHIN)
                 if until > now:
@@ -3757,34 +3610,15 @@ class Notifier:
     # Sending
 
     def deliver(self) -> None:
-        """Send what was planned, and give up on what takes too long."""
-        monotonic = self._clock.monotonic()
-        self._hanging = [one for one in self._hanging if one.thread.is_alive()]
-        for channel, attempt in list(self._attempts.items()):
-            if not attempt.thread.is_alive():
-                del self._attempts[channel]
-            elif not attempt.is_sent and (
-                monotonic - attempt.started > ATTEMPT_WITHIN
-                or attempt.urls != self._config.channels.get(channel)
-            ):
-                attempt.is_given_up = True
-                self._hanging.append(attempt)
-                del self._attempts[channel]
-                with contextlib.suppress(Unrecordable):  # what is still due is tried again
-                    self._note(attempt, f"no answer within {format_duration(ATTEMPT_WITHIN)}")
-        planned, self._planned = self._planned, {}
-        for channel, alerts in planned.items():
-            if not alerts or channel in self._attempts or self._stopping.is_set():
-                continue
-            attempt = Attempt(channel, alerts, self._config.channels.get(channel, ()), monotonic)
-            if sum(one.urls == attempt.urls for one in self._hanging) >= HANGING:
-                with contextlib.suppress(Unrecordable):
-                    self._note(attempt, f"{HANGING} attempts before this one still hang")
-                continue
+        """Begin to send what was planned."""
+        planned, self._planned = self._planned, []
+        if self._stopping.is_set():
+            return
+        for attempt in planned:
             attempt.thread = threading.Thread(
-                target=self._try, args=(attempt,), name=f"to {channel}", daemon=True
+                target=self._try, args=(attempt,), name=f"to {attempt.channel}", daemon=True
             )
-            self._attempts[channel] = attempt
+            self._attempts.append(attempt)
             attempt.thread.start()
 
     def _try(self, attempt: Attempt) -> None:
@@ -3792,56 +3626,72 @@ class Notifier:
             errors = [error for url in attempt.urls if (error := self._send_to(url, attempt))]
         except Exception as error:  # whatever it is, it is tried again
             errors = [f"{type(error).__name__}: {mask(str(error), attempt.urls)}"]
-        if attempt.is_given_up and errors:
+        if attempt.state == "given up" and errors:
             return
-        attempt.is_sent = not errors
-        for url in () if errors else attempt.urls:  # a reminder is the same delivery once more
-            self._accepted.pop((attempt.channel, url), None)
+        if not errors:
+            attempt.state = "sent"
+            self._accepted.pop(attempt.channel, None)  # a reminder is the same delivery once more
+        failed = "; ".join(dict.fromkeys(errors)) or None
         while True:  # what was sent must not be sent again for a full disk
             with contextlib.suppress(Unrecordable):
-                self._note(attempt, "; ".join(dict.fromkeys(errors)) or None).result()
+                self._store.write(lambda db: self._note(db, attempt, failed))
                 return
             if self._stopping.wait(1):
                 return
 
     def _send_to(self, url: str, attempt: Attempt) -> str | None:
         """Send by one of a channel's URLs what it has not accepted before; None, or the error."""
-        accepted = self._accepted.setdefault((attempt.channel, url), set())
-        accepted &= {alert.ids[-1] for alert in attempt.alerts}
-        missing = [alert for alert in attempt.alerts if alert.ids[-1] not in accepted]
+        accepted = self._accepted[attempt.channel]
+        accepted &= {(one, alert.newest["id"]) for one in attempt.urls for alert in attempt.alerts}
+        missing = [alert for alert in attempt.alerts if (url, alert.newest["id"]) not in accepted]
         if not missing:
             return None
-        heard = [one.row["last_heartbeat_at"] or one.row["event_at"] for one in missing]
+        heard = min(one.newest["last_heartbeat_at"] or one.newest["event_at"] for one in missing)
         with self._store.reading() as db:
-            gaps = gaps_since(db, min(heard)).get(None, [])
-        composer = Composer(self._config, gaps, self._clock.now(), Paper.of(url))
-        message = composer.compose(missing)
-        error = send([url], message.title, message.body, message.kind)
+            gaps = gaps_since(db, heard).get(None, [])
+        message = Composer(self._config, gaps, self._clock.now(), url).compose(missing)
+        error = send([url], *message)
         if error is None:
-            accepted.update(alert.ids[-1] for alert in missing)
+            accepted.update((url, alert.newest["id"]) for alert in missing)
         return error
 
-    def _note(self, attempt: Attempt, error: str | None) -> Write[None]:
-        """Write what became of an attempt; raises Unrecordable."""
-        channel = attempt.channel
+    def _note(self, db: sqlite3.Connection, attempt: Attempt, error: str | None) -> None:
+        """Write what became of an attempt. Where it failed, it is made again after a pause."""
+        channel, now = attempt.channel, self._clock.now()
         self.tries[channel, "failed" if error else "sent"] += 1
-
-        def note(db: sqlite3.Connection) -> None:
-            now = self._clock.now()
-            pause = note_attempt(db, channel, attempt.alerts, error, now)
-            for alert in attempt.alerts if error is None else ():
-                watched = self._by_id.get(alert.row["monitor_id"])
-                if watched and watched.monitor.remind and alert.row["type"] == "down":
-                    db.execute("UPDATE deliveries SET due_at = ? WHERE id = ?",
-                               (now + watched.monitor.remind, alert.ids[-1]))
-            said = "; ".join(f"{one.label}: {one.subject}" for one in attempt.alerts[:5])
-            again = format_duration(pause)
-            self._store.after_commit.append(lambda: (
-                log.info("%s: sent %s", channel, said) if error is None else
-                log.warning("%s: not sent: %s; next try in %s", channel, error, again)
-            ))
-
-        return self._store.submit(note)
+        waited = max((row["due_at"] - row["at"] for alert in attempt.alerts for row in alert.rows
+                      if row["tried_from"]), default=0)
+        pause = next((pause for pause in PAUSES if pause > waited), PAUSES[-1])
+        pause = round(pause * random.uniform(1, 1.1))
+        for alert in attempt.alerts:
+            watched, newest = self._by_id.get(alert.newest["monitor_id"]), alert.newest
+            remind = watched.monitor.remind if watched and newest["type"] == "down" else None
+            again = pause if error else remind
+            values = {"error": error, "now": now, "again": now + again if again else None}
+            db.executemany("""
+                UPDATE deliveries
+                SET state = IIF(:error IS NULL, 'sent', state), attempts = attempts + 1, at = :now,
+                    tried_from = IIF(:error IS NULL, NULL, COALESCE(tried_from, :now)),
+                    due_at = :again, error = :error
+                WHERE id = :id AND (state <> 'failed' OR :error IS NULL)
+                """, [values | {"id": row["id"]} for row in alert.rows])
+            if error is None:
+                is_limited = any(row["error"] == LIMITED for row in alert.rows)
+                db.execute("INSERT INTO messages SELECT id, ?, ?, ? FROM monitors WHERE id = ?",
+                           (channel, now, is_limited, newest["monitor_id"]))
+        db.execute("INSERT OR IGNORE INTO channels (name) VALUES (?)", (channel,))
+        db.execute("""
+            UPDATE channels
+            SET sent_at = IIF(:error IS NULL, :now, sent_at), error = COALESCE(:error, error),
+                failed_at = IIF(:error IS NULL, failed_at, :now),
+                failing_since = IIF(:error IS NULL, NULL, COALESCE(failing_since, :now))
+            WHERE name = :name
+            """, {"name": channel, "error": error, "now": now})
+        said = "sent " + "; ".join(f"{one.label}: {one.subject}" for one in attempt.alerts[:5])
+        if error:
+            said = f"not sent: {error}; next try in {format_duration(pause)}"
+        level = logging.WARNING if error else logging.INFO
+        self._store.after_commit.append(lambda: log.log(level, "%s: %s", channel, said))
 
     def warn(self, text: str, is_over: Callable[[], bool]) -> None:
         """Tell every channel at once what no outbox can hold; tries again until it is over."""
@@ -3862,8 +3712,9 @@ class Notifier:
     def wait(self, seconds: float) -> None:
         """Wait until nothing is under way, or so long."""
         end = time.monotonic() + seconds
-        for attempt in list(self._attempts.values()):
-            attempt.thread.join(max(0.0, end - time.monotonic()))
+        for attempt in self._attempts:
+            if attempt.state != "given up":
+                attempt.thread.join(max(0.0, end - time.monotonic()))
 
     def stop(self, seconds: float) -> None:
         """Let what is under way end within so many seconds; the rest is tried at the next start."""
@@ -3871,54 +3722,17 @@ class Notifier:
         self.wait(seconds)
 
 
-def _put_off(
-    db: sqlite3.Connection, deliveries: Iterable[tuple[int | None, str | None, int]]
+def put_off(
+    db: sqlite3.Connection, deliveries: Iterable[sqlite3.Row], until: int | None, why: str | None
 ) -> None:
-    """(due_at, why, id)"""
+    """Have them told, or reminded of, at a later moment; None: not any more."""
     db.executemany("""
-        UPDATE deliveries SET due_at = ?, error = IIF(state = 'sent', NULL, ?) WHERE id = ?
-        """, deliveries)
-
-
-def note_attempt(
-    db: sqlite3.Connection, channel: str, alerts: Sequence[Alert], error: str | None, now: int
-) -> int:
-    """What became of an attempt to send these alerts. Where it failed, they are tried again after a
-    pause, unless they have been tried for too long; returns that pause in milliseconds.
-    """
-    ids = json.dumps([id for alert in alerts for id in alert.ids])
-    tries = first(db, "SELECT MAX(IIF(tried_from IS NULL, 0, attempts)) FROM deliveries "
-                      "WHERE id IN (SELECT value FROM json_each(:ids))", ids=ids) or 0
-    pause = round(PAUSES[min(tries, len(PAUSES) - 1)] * random.uniform(1, 1.1))
-    db.execute("""
         UPDATE deliveries
-        SET state = CASE
-                WHEN :error IS NULL THEN 'sent'
-                WHEN tried_from < :too_long_ago THEN 'failed'
-                ELSE 'pending'
-            END,
-            attempts = attempts + 1, at = :now, error = :error,
-            due_at = IIF(:error IS NULL OR tried_from < :too_long_ago, NULL, :now + :pause),
-            tried_from = IIF(
-                :error IS NULL OR tried_from < :too_long_ago, NULL, COALESCE(tried_from, :now)
-            )
-        WHERE id IN (SELECT value FROM json_each(:ids)) AND (state <> 'failed' OR :error IS NULL)
-        """, {"ids": ids, "error": error, "now": now, "pause": pause,
-              "too_long_ago": now - GIVE_UP_AFTER})
-    db.executemany(
-        "INSERT INTO messages SELECT ?, ?, ?, ? WHERE EXISTS (SELECT 1 FROM monitors WHERE id = ?)",
-        [(one.row["monitor_id"], channel, now, one.is_limited, one.row["monitor_id"])
-         for one in alerts if error is None and one.row["monitor_id"] is not None],
-    )
-    db.execute("INSERT OR IGNORE INTO channels (name) VALUES (?)", (channel,))
-    db.execute("""
-        UPDATE channels
-        SET sent_at = IIF(:error IS NULL, :now, sent_at), error = COALESCE(:error, error),
-            failed_at = IIF(:error IS NULL, failed_at, :now),
-            failing_since = IIF(:error IS NULL, NULL, COALESCE(failing_since, :now))
-        WHERE name = :name
-        """, {"name": channel, "error": error, "now": now})
-    return pause
+        SET state = IIF(:until IS NULL AND state = 'pending', 'failed', state), due_at = :until,
+            tried_from = IIF(:until IS NULL, NULL, tried_from),
+            error = IIF(state = 'sent', NULL, COALESCE(:why, error))
+        WHERE id = :id
+        """, [{"id": row["id"], "until": until, "why": why} for row in deliveries])
 
 
 # ======================================================================================
@@ -4478,11 +4292,9 @@ def monitor_page(
 # Web: the ping loop, one guard, routes, JSON, metrics. It translates HTTP to calls.
 # ======================================================================================
 
-PAGE, LONGEST_PAGE = 100, 1_000  # heartbeats or events in one answer of the API
 BODY_LIMIT = 10_000_000  # bytes of a request, its chunks' frames too; more gets 413 from Waitress
-RUNS_SHOWN, EVENTS_SHOWN = 20, 20
+SHOWN = 20  # runs or events on a page
 GUESSES = 10  # wrong passwords a minute from one address
-PING_PATHS = (["api", "heartbeat"], ["api", "push"], ["ping"])
 PING_HEADERS = [
     ("Content-Type", "application/json"),
     ("Cache-Control", "no-store"),
@@ -4491,17 +4303,13 @@ PING_HEADERS = [
     ("Access-Control-Allow-Headers", "*"),
     ("Ping-Body-Limit", str(BODY_KEPT)),
 ]
-_FORWARDED = re.compile("HTTP_(.*FORWARDED.*|VIA|X_REAL_IP|.*CLIENT_IP|CF_CONNECTING_IP)")
-_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le",
-          codecs.BOM_UTF32_BE: "utf-32-be", codecs.BOM_UTF16_LE: "utf-16-le",
-          codecs.BOM_UTF16_BE: "utf-16-be"}
 ERRORS: dict[int, tuple[str, str, dict[str, str]]] = {  # type, sentence, headers
     400: ("invalid_request", "This request has no meaning here.", {}),
     401: ("unauthorized", "Give the password that is set in larm.toml; the user name may be "
           "anything.", {"WWW-Authenticate": 'Basic realm="Larm", charset="UTF-8"'}),
     403: ("forbidden", "Larm shows itself only to this machine until a password is set: add "
           'password = "..." to larm.toml, or open it through an SSH tunnel.', {}),
-    404: ("not_found", "There is no such page.", {}),
+    404: ("not_found", "There is no such page. Larm's page is {prefix}/", {}),
     405: ("method_not_allowed", "This path does not take that method.", {}),
     429: ("rate_limited", "Too many wrong passwords. Wait a minute, then try again.",
           {"Retry-After": "60"}),
@@ -4510,7 +4318,14 @@ ERRORS: dict[int, tuple[str, str, dict[str, str]]] = {  # type, sentence, header
 }
 
 Environ = dict[str, Any]
-StartResponse = Callable[..., object]
+
+
+class Refusal(Exception):
+    """A request is not granted: a status of ERRORS, and a sentence of its own where it has one."""
+
+    def __init__(self, status: int, sentence: str = "") -> None:
+        super().__init__(sentence)
+        self.status = status
 
 
 # Pings
@@ -4529,20 +4344,13 @@ class PingAnswer:
 
     def ready(self) -> bool:
         write = self._write
-        return write is None or write.is_done() or self._clock.monotonic() >= self._until
+        return write is None or write.is_done or self._clock.monotonic() >= self._until
 
-    def wait(self) -> PingAnswer:
-        """Return once it is ready."""
-        with contextlib.suppress(Exception):
-            if self._write is not None:
-                self._write.result()
-        return self
-
-    def answer(self) -> tuple[str, list[tuple[str, str]], bytes]:
-        """Status line, headers, body."""
+    def answer(self, within: float = 0) -> tuple[str, list[tuple[str, str]], bytes]:
+        """Status line, headers, body; waits so many seconds for the write."""
         try:
-            if self._write is not None and self._write.is_done():
-                self._write.result()
+            if self._write is not None:
+                self._write.result(within)
                 return "200 OK", PING_HEADERS, b'{"status": "ok"}'
         except Unrecordable:
             pass  # the writer's log says why
@@ -4559,7 +4367,7 @@ def ping_path(path: str, prefix: str) -> tuple[str, str] | None:
     segments = [segment for part in path.split("/") if (segment := part.strip())]
     if prefix and segments[: prefix.count("/")] == prefix.split("/")[1:]:
         segments = segments[prefix.count("/") :]
-    for start in PING_PATHS:
+    for start in (["api", "heartbeat"], ["api", "push"], ["ping"]):
         if segments[: len(start)] == start:
             token, *action = segments[len(start) :] or [""]
             return token, "/".join(action)
@@ -4601,7 +4409,9 @@ def read_tail(environ: Environ) -> bytes:
 def body_text(body: bytes, content_type: str) -> str:
     """A body as text: by its byte order mark, else the declared charset, else UTF-8."""
     kept = body[-BODY_KEPT:]
-    for mark, charset in _MARKS.items():
+    for mark, charset in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"),
+                          (codecs.BOM_UTF32_BE, "utf-32-be"), (codecs.BOM_UTF16_LE, "utf-16-le"),
+                          (codecs.BOM_UTF16_BE, "utf-16-be")):
         if body.startswith(mark):
             return kept.decode(charset, "replace").lstrip("\ufeff")
     declared = re.search(r"""charset=["']?([\w.:-]+)""", content_type, re.IGNORECASE)
@@ -4614,7 +4424,8 @@ def body_text(body: bytes, content_type: str) -> str:
 def sender_of(environ: Environ, proxies: Sequence[Any]) -> str:
     """The peer's address, or, where that is a proxy, what the last proxy says of whom it serves."""
     sender: str = environ.get("REMOTE_ADDR") or ""
-    for entry in reversed(environ.get("HTTP_X_FORWARDED_FOR", "").split(",")):
+    forwarded: str = environ.get("HTTP_X_FORWARDED_FOR", "")
+    for entry in reversed(forwarded.split(",") if forwarded else ()):
         sender = sender.removeprefix("::ffff:")  # IPv4, written as IPv6
         try:
             is_proxy = any(ipaddress.ip_address(sender) in network for network in proxies)
@@ -4628,15 +4439,9 @@ def sender_of(environ: Environ, proxies: Sequence[Any]) -> str:
 
 CONNECTIONS = 4_000  # at most; fewer where the system allows fewer open files
 OTHER_FILES = 200  # that may be open besides: the database, alerts, standard streams
-PAGE_THREADS = 4
-LOOK = 250  # ms between two looks of the loop while nothing happens
-IDLE = 20  # seconds without a byte, after which a connection is closed
+LOOK = 0.25  # seconds between two looks of the loop while nothing happens
 FRESH = 200  # ms in which what a new connection asks may still be on its way
 STOP_WITHIN = 2_500  # ms in which what was asked before a stop is answered
-STOOD_ON = (  # of Waitress's insides, as its connections know them
-    "requests request requests_lock total_outbufs_len last_activity will_close "
-    "parser_class.body_rcv server.add_task server.handle_accept server.maintenance"
-)
 
 
 class Server:
@@ -4665,29 +4470,33 @@ class Server:
         self._take, self._unavailable, self._monotonic = take, unavailable, monotonic
         self._map: dict[int, Any] = {}  # what Waitress polls, by file descriptor
         self._waiting: deque[Any] = deque()  # connections whose first request is a ping
-        self._waking, self._accepted = threading.Lock(), False
-        self._thread = self._stop_at = self._caught_up = 0
+        self._thread = self._stop_at = 0
         self._limit = connections_allowed()
-        self._threads: Any = waitress.task.ThreadedTaskDispatcher()
-        self._ordinary: Any = waitress.create_server(
-            application, map=self._map, _dispatcher=self._threads, sockets=bind(*listen),
-            ident="Larm", backlog=CONNECTIONS, connection_limit=self._limit,
-            channel_timeout=IDLE, cleanup_interval=1, asyncore_use_poll=True,
+        both = not listen[0] and socket.has_dualstack_ipv6()
+        bound = socket.create_server(
+            listen, family=socket.AF_INET6 if both or ":" in listen[0] else socket.AF_INET,
+            backlog=CONNECTIONS, dualstack_ipv6=both,
+        )
+        self._listener: Any = waitress.create_server(
+            application, map=self._map, sockets=[bound], backlog=CONNECTIONS, ident="Larm",
+            threads=4, connection_limit=self._limit, asyncore_use_poll=True,
             recv_bytes=32_768,  # what the job wrapper sends is read at once
             max_request_body_size=BODY_LIMIT + 1,  # Waitress refuses from this size on
             max_request_header_size=65_536,
             outbuf_overflow=1 << 30,  # no temporary file: there may be no room for one
             clear_untrusted_proxy_headers=False,  # they tell who does not come from this machine
         )
-        self._listeners = [one for one in self._map.values() if hasattr(one, "effective_port")]
-        self._is_adapted, self._woken = False, True  # woken: it needs no waking
+        self._to_threads, self._pull_trigger = self._listener.add_task, self._listener.pull_trigger
+        # All that had arrived by this moment (of `monotonic`) has been read and handed over.
+        self.caught_up, self._is_adapted = monotonic(), True
         try:
-            self._adapt()
-            self._is_adapted, self._woken = True, False
+            self._adapt(self._listener)
         except (AttributeError, TypeError) as error:
             log.warning("pings take threads, which is slow: Waitress has changed (%s)", error)
+            self.caught_up, self._is_adapted = 1 << 62, False
+            self._listener.task_dispatcher.set_thread_count(32)
 
-    def _adapt(self) -> None:
+    def _adapt(self, listener: Any) -> None:
         """Put parts of ours in the place of Waitress's; raises AttributeError, TypeError."""
         import waitress
 
@@ -4700,194 +4509,130 @@ class Server:
                     self.body_rcv.buf = Tail()
 
         class Task(waitress.task.WSGITask):  # type: ignore[misc]
-            def execute(self) -> None:
-                if self.request.waiting is None:
+            def execute(task) -> None:
+                request, channel = task.request, task.channel
+                # Who does not read what was answered gets no more: to write might mean to wait.
+                if channel.total_outbufs_len or (self._stop_at and len(channel.requests) == 1):
+                    request.headers["CONNECTION"] = "close"
+                if request.waiting is None:
                     super().execute()
                     return
-                self.status, headers, body = self.request.waiting.answer()
-                self.response_headers, self.content_length = list(headers), len(body)
-                head = self.build_response_header()
-                self.wrote_header = True
-                self.channel.write_soon(head if self.request.command == "HEAD" else head + body)
+                task.status, headers, body = request.waiting.answer()
+                task.response_headers, task.content_length = list(headers), len(body)
+                head = task.build_response_header()
+                task.wrote_header = True
+                channel.write_soon(head if request.command == "HEAD" else head + body)
 
-        class Channel(waitress.channel.HTTPChannel):  # type: ignore[misc]
-            parser_class, task_class = Request, Task
+        def accept_all() -> None:
+            with contextlib.suppress(OSError):  # most often: there are no more
+                while len(self._map) < self._limit or self._stop_at:
+                    connection, address = listener.socket.accept()
+                    listener.set_socket_options(connection)
+                    channel = listener.channel_class(
+                        listener, connection, address, listener.adj, self._map)
+                    channel.parser_class, channel.task_class = Request, Task
+                    channel.since = self._monotonic()  # or when it last asked something whole
 
-            since = 0  # by `monotonic`: when it was opened, or last answered
+        def fail() -> None:
+            raise  # what it can't get over; Waitress would only close it, and nobody would know
 
-            def service(channel) -> None:
-                if self._stop_at and len(channel.requests) == 1:
-                    channel.requests[0].headers["CONNECTION"] = "close"
-                super().service()
-                channel.since = self._monotonic()
-
-        self._loop, self._task, self._channel = waitress.wasyncore.loop, Task, Channel
-        self._close_listener = waitress.wasyncore.dispatcher.close
-        for listener in self._listeners:
-            channel = Channel(listener, socket.socket(), None, listener.adj, {})
-            operator.attrgetter(*STOOD_ON.split())(channel)
-            channel.handle_close()
-            self._wake_up, listener.pull_trigger = listener.pull_trigger, self.wake
-            listener.add_task = self._hand_over
-            listener.handle_accept = functools.partial(self._accept, listener)
-            listener.handle_error = self._fail
-            listener.maintenance = lambda _: self._close_idle(0)
-
-    @property
-    def caught_up(self) -> int:
-        """All that had arrived by this moment (of `monotonic`) has been read and handed over."""
-        return self._caught_up if self._is_adapted else self._monotonic()
+        self._loop, self._task = waitress.wasyncore.loop, Task
+        channel = listener.channel_class(listener, socket.socket(), None, listener.adj, {})
+        channel.handle_close()
+        operator.attrgetter(  # what else is stood on
+            "request", "requests", "requests_lock", "total_outbufs_len", "will_close",
+            "parser_class.body_rcv", "task_class.execute", "server.active_channels",
+        )(channel)
+        listener.handle_accept, listener.handle_error = accept_all, fail
+        listener.add_task, listener.pull_trigger = self._hand_over, self.wake
 
     def run(self) -> None:
         """Serve until close(), and what was asked before it; raises what ends it otherwise."""
-        self._thread, self._caught_up = threading.get_ident(), self._monotonic()
-        self._threads.set_thread_count(PAGE_THREADS if self._is_adapted else 8 * PAGE_THREADS)
-        try:
-            if not self._is_adapted:
-                self._ordinary.run()
-                return
-            while not self._stop_at:
-                self._go_round()
-            for listener in self._listeners:  # whoever has connected is let in before it closes
-                self._accept(listener)
-                self._close_listener(listener)
-            while self._monotonic() < self._stop_at and any(
-                one.requests or one.request or one.total_outbufs_len
-                or one.since > self._monotonic() - FRESH for one in self._channels()
-            ):
-                self._go_round()
-            while self._waiting:
-                self._waiting.popleft().service()
-            for channel in self._channels():
-                self._give_up(channel)
+        if not self._is_adapted:
+            self._listener.run()  # for ever
+        self._thread = threading.get_ident()
+        while not self._stop_at:
             self._go_round()
-        finally:
-            with self._waking:
-                self._woken = True  # for ever: there is nothing left to wake
-            self._threads.shutdown(cancel_pending=False, timeout=0.1)
-            self._close_all()
+        self._listener.handle_accept()  # whoever has connected is let in before it closes
+        self._listener.del_channel()
+        self._listener.socket.close()
+        channels = self._listener.active_channels
+        while self._monotonic() < self._stop_at and any(
+            one.requests or one.request or one.total_outbufs_len
+            or one.since > self._monotonic() - FRESH for one in channels.values()
+        ):
+            self._go_round()
+        while self._waiting:
+            self._waiting.popleft().service()
+        for channel in list(channels.values()):
+            self._give_up(channel)
+        self._loop(0, True, self._map, 1)
 
     def close(self) -> None:
         """Have run() refuse new connections, answer what has been asked, and return."""
         self._stop_at = self._monotonic() + STOP_WITHIN
-        if self._is_adapted:
-            self.wake()
-        else:
-            self._threads.shutdown(cancel_pending=False, timeout=STOP_WITHIN / SECOND)
-            self._listeners[0].trigger.pull_trigger(self._close_all)  # by the loop, which so ends
+        self.wake()
 
     def wake(self) -> None:
         """Have the loop look for what can be answered now; from any thread, at any time."""
-        with self._waking:
-            if not self._woken and threading.get_ident() != self._thread:  # which is about to look
-                self._woken = True
-                self._wake_up()
+        if threading.get_ident() != self._thread:  # which is about to look
+            self._pull_trigger()
 
     def _go_round(self) -> None:
-        """Read what has arrived, and answer what is ready."""
-        began, self._accepted = self._monotonic(), False
-        self._loop(LOOK / SECOND / (10 if self._stop_at else 1), True, self._map, 1)
-        if self._accepted:  # what they ask had arrived with them
-            self._loop(0, True, self._map, 1)
-        self._woken, not_ready = False, []
+        """Read what has arrived, answer what is ready, and make room."""
+        began, not_ready = self._monotonic(), []
+        self._loop(LOOK, True, self._map, 1)
         while self._waiting:
             channel = self._waiting.popleft()
-            waiting = channel.requests[0].waiting  # None: a mistake, which has its answer
-            if waiting and not waiting.ready():
-                not_ready.append(channel)
-            elif channel.total_outbufs_len:  # the client reads slowly: to write might mean to wait
-                self._threads.add_task(channel)
-            else:
+            if channel.requests[0].waiting.ready():
                 channel.service()
+            else:
+                not_ready.append(channel)
         self._waiting.extend(not_ready)
-        if len(self._map) >= self._limit:
-            self._close_idle(self._limit // 10)
-        self._caught_up = began
+        if len(self._map) >= self._limit:  # a byte now and then makes a slow one no younger
+            idle = [one for one in self._listener.active_channels.values()
+                    if not one.requests and one.since < began - FRESH]
+            for channel in sorted(idle, key=lambda one: one.since)[: self._limit // 10]:
+                self._give_up(channel)
+        self.caught_up = began
 
     def _hand_over(self, channel: Any) -> None:
         """A request has come in whole. Whoever calls holds the channel's lock: no answer yet."""
-        request = channel.requests[0]
+        request, channel.since = channel.requests[0], self._monotonic()
         if not request.error:
             try:
                 request.waiting = self._take(self._task(channel, request).get_environment())
             except Exception as error:
                 log.error("a request was not taken: %s: %s", type(error).__name__, error)
                 request.waiting = self._unavailable
-        if request.waiting or request.error:
+        if request.waiting:
             self._waiting.append(channel)
         else:
-            self._threads.add_task(channel)
-
-    def _accept(self, listener: Any) -> None:
-        """Accept all who have connected, not one a round as Waitress does."""
-        while len(self._map) < self._limit or self._stop_at:
-            try:
-                connection, address = listener.socket.accept()
-                listener.set_socket_options(connection)
-                channel = self._channel(listener, connection, address, listener.adj, self._map)
-            except OSError:  # most often: there are no more
-                return
-            channel.since, self._accepted = self._monotonic(), True
-
-    def _close_all(self) -> None:
-        for one in list(self._map.values()):
-            one.close()
-
-    @staticmethod
-    def _fail() -> None:
-        raise  # what a listener can't get over; Waitress would only close it, and nobody would know
-
-    def _channels(self) -> list[Any]:
-        return [one for one in self._map.values() if hasattr(one, "requests")]
-
-    def _close_idle(self, count: int) -> None:
-        """Close what is silent, and of the rest `count` that have asked nothing whole for longest.
-
-        A byte now and then makes a slow one no younger.
-        """
-        idle = [channel for channel in self._channels() if not channel.requests]
-        for place, channel in enumerate(sorted(idle, key=lambda one: one.since)):
-            too_many = place < count and channel.since < self._monotonic() - FRESH
-            if too_many or channel.last_activity < time.time() - IDLE:
-                self._give_up(channel)
+            self._to_threads(channel)
 
     def _give_up(self, channel: Any) -> None:
         """Close a connection; what it has begun to ask is answered before."""
         with channel.requests_lock:
             request, channel.request = channel.request, None
-        if not request:
-            channel.will_close = not channel.requests
-        elif not channel.requests:  # else a page's thread is at it
+        if channel.requests:  # a page's thread is at it
+            return
+        if request:
             request.waiting = self._unavailable
             request.headers["CONNECTION"] = "close"
             channel.requests.append(request)
             channel.service()
-
-
-def bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen: for "" one of IPv4 and one of IPv6, where the machine has it."""
-    sockets: list[socket.socket] = []
-    found = socket.getaddrinfo(host or None, port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
-    for family, *_, address in found:
-        try:
-            sockets.append(socket.create_server(address[:2], family=family, backlog=CONNECTIONS))
-        except OSError as error:
-            missing = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
-            if not missing or (address == found[-1][-1] and not sockets):
-                raise
-    return sockets
+        channel.will_close = True
 
 
 def connections_allowed() -> int:
     """How many there may be at once; raises the system's limit on open files where it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = CONNECTIONS + OTHER_FILES
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return CONNECTIONS
+    files = CONNECTIONS + OTHER_FILES
     if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(wanted - OTHER_FILES, wanted // 2)
+        files = min(files, hard)
+    if soft != resource.RLIM_INFINITY and soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    return max(files - OTHER_FILES, files // 2)
 
 
 # Who may see what
@@ -4910,26 +4655,22 @@ class Access:
             return 401
         address = sender_of(environ, config.proxies)
         with contextlib.suppress(ValueError):
-            if (found := ipaddress.ip_address(address)).version == 6:
-                address = str(ipaddress.ip_network((found, 64), strict=False))
-        return self._judge_guess(address, hmac.compare_digest(given, config.password.encode()))
-
-    def _judge_guess(self, address: str, right: bool) -> int | None:
+            if ":" in address:
+                address = str(ipaddress.ip_network((address, 64), strict=False))
         now = self._clock.monotonic()
         with self._lock:
-            wrong = self._guesses.get(address, deque())
+            wrong = self._guesses.pop(address, deque())
             while wrong and now - wrong[0] > MINUTE:
                 wrong.popleft()
-            if len(wrong) >= GUESSES:
-                return 429
-            if right:
-                return None
-            wrong.append(now)
-            self._guesses.pop(address, None)
-            self._guesses[address] = wrong
+            is_right = hmac.compare_digest(given, config.password.encode())
+            status = 429 if len(wrong) >= GUESSES else None if is_right else 401
+            if status == 401:
+                wrong.append(now)
+            if wrong:
+                self._guesses[address] = wrong
             if len(self._guesses) > 1_000:
                 del self._guesses[next(iter(self._guesses))]
-            return 401
+            return status
 
     @staticmethod
     def is_cross_site(environ: Environ, config: Config) -> bool:
@@ -4965,7 +4706,10 @@ class Access:
         def is_loopback(address: str) -> bool:
             return bool(re.fullmatch(r"::1|(::ffff:)?127(\.\d{1,3}){3}", address))
 
-        if not is_loopback(environ["REMOTE_ADDR"]) or any(map(_FORWARDED.fullmatch, environ)):
+        forwarded = "HTTP_(.*FORWARDED.*|VIA|X_REAL_IP|.*CLIENT_IP|CF_CONNECTING_IP)"
+        if not is_loopback(environ["REMOTE_ADDR"]) or any(
+            re.fullmatch(forwarded, name) for name in environ
+        ):
             return False
         try:
             host = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname or ""
@@ -4974,50 +4718,12 @@ class Access:
         return host in ("localhost", urlsplit(config.url).hostname) or is_loopback(host)
 
 
-class Tester:
-    """Sends test alerts, one at a time, in threads of its own: a channel that hangs holds nothing.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._busy = threading.Lock()
-        self._sending: list[threading.Thread] = []  # some may hang
-        self._results: dict[str, tuple[tuple[str, ...], int, str | None]] = {}
-
-    def start(self, config: Config, channels: Sequence[str]) -> threading.Thread | None:
-        """Test these channels; None where a test is under way."""
-        self._sending = [thread for thread in self._sending if thread.is_alive()]
-        if len(self._sending) >= HANGING or not self._busy.acquire(blocking=False):
-            return None
-
-        def send_all() -> None:
-            for channel in channels:
-                error = send_test(config, channel)
-                self._results[channel] = config.channels[channel], self._clock.now(), error
-
-        def bound() -> None:
-            sending = threading.Thread(target=send_all, name="test", daemon=True)
-            self._sending.append(sending)
-            sending.start()
-            sending.join(ATTEMPT_WITHIN / SECOND)
-            self._busy.release()
-
-        for channel in channels:
-            self._results.pop(channel, None)
-        thread = threading.Thread(target=bound, name="tests", daemon=True)
-        thread.start()
-        return thread
-
-    def results(self, config: Config) -> dict[str, tuple[int, str | None]]:
-        """(when, what failed) of each channel's last test, as far as its URLs are the same."""
-        return {channel: (at, error) for channel, (urls, at, error) in list(self._results.items())
-                if config.channels.get(channel) == urls}
-
-
 class Web:
     """The WSGI application. The heartbeat endpoint stands before Bottle, which would answer odd
     paths and methods in its own way; everything else is Bottle's.
     """
+
+    api = 2  # of Bottle's plugins, of which this is one: apply() gets the route as such
 
     def __init__(
         self, store: Store, clock: Clock, intake: Intake, watcher: Watcher, health: Health,
@@ -5029,19 +4735,23 @@ class Web:
         self._watcher, self._health, self._notifier = watcher, health, notifier
         self._config: Config
         self._access = Access(clock)
-        self._tester = Tester(clock)
         self._started_at = clock.now()
-        self._counting, self._counts = threading.Lock(), Counter[str]()
+        self._lock = threading.Lock()  # of what follows
+        self._tests: dict[tuple[str, tuple[str, ...]], tuple[int, str | None]] = {}
+        self._testing: dict[threading.Thread, int] = {}  # since when; some may hang
+        self._counts = Counter[str]()
         with store.reading() as db:
             self._newest = {table: first(db, f"SELECT COALESCE(MAX(id), 0) FROM {table}")
                             for table in ("events", "gaps")}
         self._app = bottle.Bottle()
         self._app.default_error_handler = self._show_error
+        self._app.install(self)
         for method, path, access, handler in (
             ("GET", "/", "public", self._dashboard),
             ("GET", "/monitor/<key>", "public", self._monitor),
             ("POST", "/monitor/<key>/<verb:re:pause|resume|test|ping>", "viewers", self._act),
             ("GET", "/login", "viewers", self._login),
+            ("GET", "/badge/all.svg", "public", self._badge),
             ("GET", "/badge/<key>.svg", "public", self._badge),
             ("GET", "/metrics", "viewers", self._metrics),
             ("GET", "/health", "anyone", self._report_health),
@@ -5053,7 +4763,7 @@ class Web:
             ("POST", "/api/v1/monitors/<key>/<verb:re:pause|resume>", "viewers", self._pause_json),
             ("POST", "/api/v1/channels/<channel:path>/test", "viewers", self._test_json),
         ):
-            self._app.route(path, method, self._guard(handler, access, method == "POST"))
+            self._app.route(path, method, handler, access=access)
 
     def use(self, config: Config) -> None:
         self._config = config
@@ -5079,26 +4789,25 @@ class Web:
                 body=text or query.get("msg", [""])[0][-BODY_KEPT:] or None,
             )
 
-        try:
-            if (environ["REQUEST_METHOD"] == "OPTIONS"
-                    and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ):
-                return PingAnswer(self._clock, self._intake.take_nothing())
-            return PingAnswer(self._clock, self._intake.take(token, action, read, sender))
-        except Unrecordable:
-            return PingAnswer(self._clock, None)
+        write = None
+        with contextlib.suppress(Unrecordable):
+            is_preflight = "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ and (
+                environ["REQUEST_METHOD"] == "OPTIONS")
+            write = self._intake.take_nothing() if is_preflight else (
+                self._intake.take(token, action, read, sender))
+        return PingAnswer(self._clock, write)
 
-    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+    def __call__(self, environ: Environ, start_response: Callable[..., object]) -> Iterable[bytes]:
         if (ping := self.take(environ)) is not None:
-            status, headers, body = ping.wait().answer()
+            status, headers, body = ping.answer(ANSWER_WITHIN / SECOND)
             start_response(status, [*headers, ("Content-Length", str(len(body)))])
             return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
         path, prefix = environ.get("PATH_INFO", ""), self._config.prefix
         if prefix and (path == prefix or path.startswith(prefix + "/")):
-            path = environ["PATH_INFO"] = path[len(prefix) :] or "/"
-        try:
-            path.encode("latin-1").decode()
-        except UnicodeError:  # Bottle would leave out what is not UTF-8, and find another page
-            environ["PATH_INFO"] = "/api/not-utf-8" if path.startswith("/api/") else "/not-utf-8"
+            path = path[len(prefix) :] or "/"
+        # What is no UTF-8 Bottle would leave out, and find another page.
+        environ["PATH_INFO"] = path.encode("latin-1").decode("utf-8", "replace").encode().decode(
+            "latin-1")
         environ["wsgi.errors"] = io.StringIO()  # Bottle's tracebacks; _show_error logs a line
         common = [
             ("Cache-Control", "no-store"),
@@ -5113,67 +4822,60 @@ class Web:
         answer: Iterable[bytes] = self._app(environ, start)
         return answer
 
-    def _guard(self, handler: Callable[..., Any], access: str, posts: bool) -> Callable[..., Any]:
-        """A route's handler behind what every route asks: who may see it, whether a page of another
-        site sent it, whether there is such a monitor, whether the database answers.
+    def apply(self, handler: Callable[..., Any], route: Any) -> Callable[..., Any]:
+        """As a plugin of Bottle: a route's handler behind what every route asks: who may see it,
+        whether another site's page sent it, whether there is such a monitor, whether the database
+        answers.
 
-        `access`: "viewers"; "public", everyone where larm.toml says so; "anyone". The handler gets
-        the configuration, whether a viewer asks, and what the path names.
+        `access` of a route: "viewers"; "public", everyone where larm.toml says so; "anyone". The
+        handler gets the configuration, whether a viewer asks, and what the path names.
         """
 
         def handle(**names: str) -> Any:
             config, environ = self._config, self._bottle.request.environ
+            access = route.config["access"]
             refusal = None if access == "anyone" else self._access.refusal(environ, config)
-            if refusal and not (access == "public" and config.public):
-                raise self._refuse(refusal)
-            if posts and self._access.is_cross_site(environ, config):
-                raise self._refuse(403, "A page of another site asked for this: it was not done.")
-            if "key" in names and names["key"] not in {*config.monitors, *self._badges(handler)}:
-                raise self._refuse(404, f"There is no monitor {show(names['key'])}.")
             try:
+                if refusal and not (access == "public" and config.public):
+                    raise Refusal(refusal)
+                if route.method == "POST" and self._access.is_cross_site(environ, config):
+                    raise Refusal(403, "A page of another site asked for this: it was not done.")
+                if "key" in names and names["key"] not in config.monitors:
+                    raise Refusal(404, f"There is no monitor {show(names['key'])}.")
                 return handler(config, refusal is None, **names)
+            except Refusal as refused:
+                return self._error(refused.status, str(refused))
             except (Unrecordable, sqlite3.Error) as error:
-                raise self._refuse(503, f"The database does not answer: {error}") from None
+                return self._error(503, f"The database does not answer: {error}")
             except ValueError as error:
-                raise self._refuse(400, str(error)) from None
+                return self._error(400, str(error))
 
         return handle
 
-    def _badges(self, handler: Callable[..., Any]) -> tuple[str, ...]:
-        return ("all",) if handler == self._badge else ()
-
-    def _refuse(self, status: int, message: str = "") -> Any:
-        """An error to raise from a handler."""
-        return self._bottle.HTTPError(status, message or ERRORS[status][1])
-
     def _show_error(self, error: Any) -> str:
-        """Any error, as the API has it or as a page."""
-        status = error.status_code
+        """What Bottle itself refuses, or a handler that failed."""
         if error.exception:
             log.error("%s: %s: %s", self._bottle.request.path[:200],
                       type(error.exception).__name__, error.exception)
-        type_, sentence, headers = ERRORS.get(status, ERRORS[400 if status < 500 else 500])
-        if status not in (404, 405, 500) or "monitor" in str(error.body) or (
-            "channel" in str(error.body)
-        ):
-            sentence = str(error.body)
-        if status == 405 and (allowed := self._bottle.response.get_header("Allow")) == "GET":
-            headers = {"Allow": f"{allowed}, HEAD"}
-        if status == 401 and self._bottle.request.get_header("X-Larm-Refresh"):
-            headers = {}  # the page's script says so; the browser need not ask
-        for name, value in headers.items():
-            self._bottle.response.set_header(name, value)
-        if self._bottle.request.path.startswith("/api/"):
-            return self._json({"error": {"type": type_, "message": sentence[:300]}})
-        self._bottle.response.content_type = "text/html; charset=UTF-8"
-        title = self._bottle.response.status_line
-        if status == 404 and sentence == ERRORS[404][1]:
-            sentence += f" Larm's page is {self._config.prefix}/"
-        return whole_page("paused", title, sentence, self._config)
+        if self._bottle.response.get_header("Allow") == "GET":
+            self._bottle.response.set_header("Allow", "GET, HEAD")
+        return self._error(error.status_code)
 
-    def _json(self, value: object) -> str:
-        self._bottle.response.content_type = "application/json"
-        return json.dumps(value, ensure_ascii=False)
+    def _error(self, status: int, own_sentence: str = "") -> str:
+        """An error, as the API has it or as a page."""
+        response, request, config = self._bottle.response, self._bottle.request, self._config
+        response.status = status
+        type_, sentence, headers = ERRORS.get(status, ERRORS[400 if status < 500 else 500])
+        sentence = own_sentence or sentence.replace("{prefix}", config.prefix)
+        for name, value in headers.items():
+            # The page's script says itself that a password is asked for: the browser need not.
+            if status != 401 or "HTTP_X_LARM_REFRESH" not in request.environ:
+                response.set_header(name, value)
+        if request.path.startswith("/api/"):
+            response.content_type = "application/json"
+            return json.dumps({"error": {"type": type_, "message": sentence[:300]}})
+        response.content_type = "text/html; charset=UTF-8"
+        return whole_page("paused", response.status_line, sentence, config)
 
     def _views(self, config: Config, keys: Iterable[str] | None = None, history: bool = True
                ) -> list[View]:
@@ -5186,49 +4888,46 @@ class Web:
 
     # The API
 
-    def _summary_json(self, config: Config, _viewer: bool) -> str:
+    def _summary_json(self, config: Config, _viewer: bool) -> Any:
         states = Counter(view.state for view in self._views(config, history=False))
         counts = {state: states[state] for state in ("up", "late", "down", "pending", "paused")}
-        return self._json({"data": counts | {"total": len(config.monitors)}})
+        return {"data": counts | {"total": len(config.monitors)}}
 
-    def _monitors_json(self, config: Config, viewer: bool) -> str:
-        return self._json({"data": [one.to_json(config, viewer) for one in self._views(config)]})
+    def _monitors_json(self, config: Config, viewer: bool) -> Any:
+        return {"data": [one.to_json(config, viewer) for one in self._views(config)]}
 
-    def _monitor_json(self, config: Config, viewer: bool, key: str) -> str:
+    def _monitor_json(self, config: Config, viewer: bool, key: str) -> Any:
         [view] = self._views(config, [key])
-        return self._json({"data": view.to_json(config, viewer)})
+        return {"data": view.to_json(config, viewer)}
 
-    def _heartbeats_json(self, _config: Config, viewer: bool, key: str) -> str:
+    def _heartbeats_json(self, _config: Config, viewer: bool, key: str) -> Any:
         with self._store.reading() as db:
             found = list_heartbeats(db, self._monitor_id(db, key), **self._page())
-        kept = ("signal", "exit_status", "duration_ms", "method")
+        own = ("id", "signal", "exit_status", "duration_ms", "method")
         sent = {"from": "sender", "user_agent": "user_agent", "rid": "rid", "body": "body"}
-        return self._json({"data": [
-            {"id": row["id"], "at": iso_utc(row["at"])}
-            | {name: row[name] for name in kept}
+        return {"data": [
+            {name: row[name] for name in own} | {"at": iso_utc(row["at"])}
             | {name: row[column] if viewer else None for name, column in sent.items()}
             for row in found
-        ]})
+        ]}
 
-    def _events_json(self, _config: Config, viewer: bool) -> str:
+    def _events_json(self, _config: Config, viewer: bool) -> Any:
         with self._store.reading() as db:
             found = read_events(db, **self._page())
-        return self._json({"data": [event.to_json(viewer) for event in found]})
+        return {"data": [event.to_json(viewer) for event in found]}
 
     def _page(self) -> dict[str, int]:
         """`before` and `limit` of a list's query."""
-        page = {"limit": PAGE}
-        for name, most, what in (("before", 2**63 - 1, "an id from this list"),
-                                 ("limit", LONGEST_PAGE, f"a number from 1 to {LONGEST_PAGE}")):
-            given = self._bottle.request.query.get(name)
-            if given is None:
+        page = {"limit": 100}
+        for name, most in (("before", 10**18 - 1), ("limit", 1_000)):
+            if (given := self._bottle.request.query.get(name)) is None:
                 continue
             if not re.fullmatch("[0-9]{1,18}", given) or not 1 <= int(given) <= most:
-                raise ValueError(f"{name} must be {what}; found {show(given)}")
+                raise ValueError(f"{name} must be a number from 1 to {most}; found {show(given)}")
             page[name] = int(given)
         return page
 
-    def _pause_json(self, config: Config, viewer: bool, key: str, verb: str) -> str:
+    def _pause_json(self, config: Config, viewer: bool, key: str, verb: str) -> Any:
         try:
             asked = json.loads(read_tail(self._bottle.request.environ) or b"{}")
         except (ValueError, RecursionError):
@@ -5243,37 +4942,56 @@ class Web:
         length = None if span in (None, "") else pause_length(span)
         self._store.write(lambda db: pause_or_resume(db, monitor, verb, length, now))
 
-    def _test_json(self, config: Config, _viewer: bool, channel: str) -> str:
+    def _test_json(self, config: Config, _viewer: bool, channel: str) -> Any:
         if channel not in config.channels:
-            raise self._refuse(404, f"There is no channel {show(channel)}.")
-        thread = self._tester.start(config, [channel])
-        if thread is None:
-            raise self._refuse(503, "Another test of a channel is under way.")
-        thread.join()
-        at_error = self._tester.results(config).get(channel, (0, "no answer within a minute"))
-        return self._json({"data": {"sent": at_error[1] is None, "error": at_error[1]}})
+            raise Refusal(404, f"There is no channel {show(channel)}.")
+        self._send_tests(config, [channel]).join(ATTEMPT_WITHIN / SECOND)
+        no_answer = 0, "no answer within a minute"
+        _, error = self._tests.get((channel, config.channels[channel]), no_answer)
+        return {"data": {"sent": error is None, "error": error}}
+
+    def _send_tests(self, config: Config, channels: Sequence[str]) -> threading.Thread:
+        """Send test alerts, one after the other; one such thread at a time, until it hangs."""
+
+        def send_each() -> None:
+            for channel in channels:
+                error = send_test(config, channel)
+                self._tests[channel, config.channels[channel]] = self._clock.now(), error
+
+        thread = threading.Thread(target=send_each, name="test", daemon=True)
+        with self._lock:
+            now = self._clock.monotonic()
+            self._testing = {one: at for one, at in self._testing.items() if one.is_alive()}
+            if len(self._testing) >= HANGING or any(
+                now - at < ATTEMPT_WITHIN for at in self._testing.values()
+            ):
+                raise Refusal(503, "Another test of a channel is under way.")
+            self._tests = {(name, urls): found for (name, urls), found in self._tests.items()
+                           if name not in channels and config.channels.get(name) == urls}
+            thread.start()
+            self._testing[thread] = now
+        return thread
 
     # Pages
 
     def _send_page(self, page: str) -> Any:
         """A page, or, where its script asks, what of it has changed."""
-        response, request = self._bottle.response, self._bottle.request
+        response, environ = self._bottle.response, self._bottle.request.environ
         response.content_type = "text/html; charset=UTF-8"
-        if not request.get_header("X-Larm-Refresh"):
+        if "HTTP_X_LARM_REFRESH" not in environ:
             return page
         part = changed(page)
         mark = f'"{hashlib.sha256(part.encode()).hexdigest()[:32]}"'
         response.set_header("ETag", mark)
-        if request.get_header("If-None-Match") == mark:
-            response.status = 304
-            return ""
-        return part
+        is_known = environ.get("HTTP_IF_NONE_MATCH") == mark
+        response.status = 304 if is_known else 200
+        return "" if is_known else part
 
     def _dashboard(self, config: Config, viewer: bool) -> Any:
         now = self._clock.now()
         with self._store.reading() as db:
             views = read_views(db, config, now)
-            events = read_events(db, EVENTS_SHOWN)
+            events = read_events(db, SHOWN)
             notices = self._notices(db, config, now) if viewer else []
         asked = " ".join(self._bottle.request.query.getunicode("q", "").split())[:100]
         return self._send_page(dashboard(
@@ -5283,15 +5001,14 @@ class Web:
     def _notices(self, db: sqlite3.Connection, config: Config, now: int) -> list[Notice]:
         """All that is wrong with Larm itself."""
         zone, failure = config.timezone, self._store.failure
-        found = [Notice("down", "Larm", f"heartbeats can't be recorded: {failure}; pings get 503")
-                 ] if failure else []
-        found += [Notice("late", "Larm", row["text"]) for row in open_troubles(db)
-                  if row["topic"] == "disk"]
-        found += [
-            Notice("late", f"Channel {name}", describe_channel(row, zone, now))
-            for name, row in read_channels(db).items()
-            if name in config.channels and row["failing_since"] is not None
-        ]
+        found = [Notice("late", "Larm", row["text"]) for row in open_troubles(db)
+                 if row["topic"] == "disk"]
+        if failure:
+            text = f"heartbeats can't be recorded: {failure}; pings get 503"
+            found.insert(0, Notice("down", "Larm", text))
+        found += [Notice("late", f"Channel {name}", describe_channel(row, zone, now))
+                  for name, row in read_channels(db).items()
+                  if name in config.channels and row["failing_since"] is not None]
         found += [Notice("late", "Not applied", mistake) for mistake in self._health.mistakes]
         if not config.channels:
             found.append(Notice("late", "Nobody is alerted", "larm.toml has no channels yet."))
@@ -5322,24 +5039,20 @@ class Web:
             monitor_id = self._monitor_id(db, key)
             beats = list_heartbeats(db, monitor_id, BEATS_READ)
             shown = list_heartbeats(db, monitor_id, BEATS_READ, before) if before else beats
-            events = read_events(db, EVENTS_SHOWN, None, monitor_id)
-        runs = read_runs(shown)
+            events = read_events(db, SHOWN, None, monitor_id)
+        runs, tests = read_runs(shown), list(self._tests.items())
         return self._send_page(monitor_page(
-            view, runs=runs[:RUNS_SHOWN], events=events, notices=self._odd_pings(now, key),
-            rhythm=read_rhythm(config.monitors[key], beats), tests=self._tests(config, key),
-            config=config, viewer=viewer, now=now,
-            older=runs[RUNS_SHOWN - 1].id if len(runs) > RUNS_SHOWN else None,
+            view, runs=runs[:SHOWN], events=events, notices=self._odd_pings(now, key),
+            rhythm=read_rhythm(view.monitor, beats), config=config, viewer=viewer, now=now,
+            tests={name: found for (name, urls), found in tests
+                   if name in view.monitor.notify and config.channels[name] == urls},
+            older=runs[SHOWN - 1].id if len(runs) > SHOWN else None,
         ))
 
-    def _tests(self, config: Config, key: str) -> dict[str, tuple[int, str | None]]:
-        results = self._tester.results(config)
-        return {name: results[name] for name in config.monitors[key].notify if name in results}
-
-    def _act(self, config: Config, _viewer: bool, key: str, verb: str) -> str:
+    def _act(self, config: Config, _viewer: bool, key: str, verb: str) -> Any:
         """A button of a monitor's page: do what it says, and show the page again."""
         if verb == "test":
-            if self._tester.start(config, config.monitors[key].notify) is None:
-                raise self._refuse(503, "Another test of a channel is under way.")
+            self._send_tests(config, config.monitors[key].notify)
         elif verb == "ping":
             [view] = self._views(config, [key], history=False)
             sender = sender_of(self._bottle.request.environ, config.proxies)
@@ -5348,19 +5061,14 @@ class Web:
             ), sender).result()
         else:
             form = parse_qs(read_tail(self._bottle.request.environ).decode("latin-1"))
-            self._pause_or_resume(config, key, verb, form.get("for", [""])[0])
-        return self._go_to(f"{config.prefix}/monitor/{key}")
+            self._pause_or_resume(config, key, verb, form.get("for", [None])[0])
+        return self._bottle.HTTPResponse(status=303, Location=f"{config.prefix}/monitor/{key}")
 
-    def _login(self, config: Config, _viewer: bool) -> str:
-        return self._go_to(f"{config.prefix}/")
+    def _login(self, config: Config, _viewer: bool) -> Any:
+        return self._bottle.HTTPResponse(status=303, Location=f"{config.prefix}/")
 
-    def _go_to(self, path: str) -> str:
-        self._bottle.response.status = 303
-        self._bottle.response.set_header("Location", path)
-        return ""
-
-    def _badge(self, config: Config, _viewer: bool, key: str) -> str:
-        """A monitor's state; "all", unless a monitor is called so: the most urgent state of all."""
+    def _badge(self, config: Config, _viewer: bool, key: str = "all") -> str:
+        """A monitor's state; of "all", unless a monitor is called so, the most urgent one."""
         keys = [key] if key in config.monitors else None
         views = self._views(config, keys, history=False)
         state = next(state for state in STATES if any(view.state == state for view in views))
@@ -5370,29 +5078,28 @@ class Web:
         self._bottle.response.content_type = "image/svg+xml; charset=UTF-8"
         return badge(name, text, state)
 
-    def _report_health(self, _config: Config, _viewer: bool) -> str:
+    def _report_health(self, _config: Config, _viewer: bool) -> Any:
         reason = self._store.failure and f"the database can't be written: {self._store.failure}"
         if self._watcher.is_stalled():
             reason = "the watcher is stalled"
         self._bottle.response.status = 503 if reason else 200
-        return self._json({"status": "unavailable", "reason": reason} if reason
-                          else {"status": "ok"})
+        return {"status": "unavailable", "reason": reason} if reason else {"status": "ok"}
 
     def _count(self, db: sqlite3.Connection) -> None:
         """Add up what has come since the last scrape, so that pruning takes nothing from it."""
-        with self._counting:
+        with self._lock:
             for row in rows(db, """
-                SELECT e.id, key || ' ' || type AS what
+                SELECT 'events' AS kind, e.id, key || ' ' || type AS what, 0 AS ms
                 FROM events e JOIN monitors m ON m.id = e.monitor_id
-                WHERE e.id > :newest
-                """, newest=self._newest["events"]):
+                WHERE e.id > :events
+                UNION ALL
+                SELECT 'gaps', id, 'gaps', to_at - from_at
+                FROM gaps
+                WHERE why = 'away' AND id > :gaps
+                """, **self._newest):
                 self._counts[row["what"]] += 1
-                self._newest["events"] = max(self._newest["events"], row["id"])
-            for row in rows(db, "SELECT * FROM gaps WHERE why = 'away' AND id > :newest",
-                            newest=self._newest["gaps"]):
-                self._counts["gaps"] += 1
-                self._counts["gap ms"] += row["to_at"] - row["from_at"]
-                self._newest["gaps"] = max(self._newest["gaps"], row["id"])
+                self._counts["gap ms"] += row["ms"]
+                self._newest[row["kind"]] = max(self._newest[row["kind"]], row["id"])
 
     def _metrics(self, config: Config, _viewer: bool) -> str:
         """What Prometheus scrapes: https://prometheus.io/docs/instrumenting/exposition_formats/
@@ -5404,14 +5111,24 @@ class Web:
             views = read_views(db, config, self._clock.now(), history=False)
             pending = {name: row["pending"] for name, row in read_channels(db).items()}
             self._count(db)
+        lines = []
+        for family, samples in self._families(config, views, pending).items():
+            name, kind, meaning = family.split(" ", 2)
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+            lines += [f"{name}{rest} {value}" for rest, value in samples.items()]
+        return "\n".join([*lines, ""])
+
+    def _families(
+        self, config: Config, views: Sequence[View], pending: Mapping[str, int]
+    ) -> dict[str, Mapping[str, float]]:
+        """The metrics: {name, type and help: {labels: value}}."""
         tries, counts = self._notifier.tries, self._counts
-        states = {view.monitor.key: view.state for view in views}
 
         def moments(of: str) -> dict[str, float]:
             found = [(view.monitor.key, getattr(view, of)) for view in views]
             return {labels(monitor=key): ms / SECOND for key, ms in found if ms is not None}
 
-        families: dict[str, Mapping[str, float]] = {  # name, type, help: values by labels
+        return {
             "larm_build_info gauge The version that runs.": {labels(version=__version__): 1},
             "process_start_time_seconds gauge When Larm started and every counter was 0.":
                 {"": self._started_at / SECOND},
@@ -5426,8 +5143,8 @@ class Web:
             "larm_deliveries_pending gauge Alerts that are yet to be sent.":
                 {labels(channel=channel): pending.get(channel, 0) for channel in config.channels},
             "larm_monitor_state gauge 1 for the state that the monitor is in.":
-                {labels(monitor=key, state=state): int(state == found)
-                 for key, found in states.items() for state in STATES},
+                {labels(monitor=view.monitor.key, state=state): int(state == view.state)
+                 for view in views for state in STATES},
             "larm_monitor_last_heartbeat_timestamp_seconds gauge When the last success came.":
                 moments("received_at"),
             "larm_monitor_deadline_timestamp_seconds gauge When it goes down without a heartbeat.":
@@ -5436,14 +5153,8 @@ class Web:
                 moments("last_duration"),
             "larm_events_total counter Times that a monitor went down or came up.":
                 {labels(monitor=key, type=type): counts[f"{key} {type}"]
-                 for key in states for type in ("down", "up")},
+                 for key in config.monitors for type in ("down", "up")},
         }
-        lines = []
-        for family, samples in families.items():
-            name, kind, meaning = family.split(" ", 2)
-            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{rest} {value}" for rest, value in samples.items()]
-        return "\n".join([*lines, ""])
 
 
 def labels(**values: str) -> str:
@@ -5555,6 +5266,7 @@ class Larm:
         def put(db: sqlite3.Connection) -> None:
             before = self._watched
             self.store.after_rollback.append(lambda: take_over(before, old))
+            hear(db, self.intake.take_heard())  # a monitor that is removed keeps its last ping
             take_over(adopt(db, config, now), config)
             retry_channels(db, [name for name, urls in config.channels.items()
                                 if old.channels.get(name, urls) != urls], now)

@@ -10,11 +10,13 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -34,6 +36,10 @@ ROOT = Path(__file__).parent.parent
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started with & or nohup: what the tests
     signal.signal(signal.SIGINT, signal.default_int_handler)  # start would inherit that
 sys.path.insert(0, str(ROOT))
+QUICK: str | None = "/dev/shm"  # a disk in memory, where no fsync takes long, if it has room
+if not os.path.isdir("/dev/shm") or shutil.disk_usage("/dev/shm").free < 2_000_000_000:
+    QUICK = None
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", QUICK or tempfile.gettempdir())  # of tmp_path
 
 import larm  # noqa: E402 - only importable once the path is set
 

@@ -22,7 +22,7 @@ from zoneinfo import ZoneInfo
 
 from conftest import FakeClock, House, Process, launch
 
-from larm import DAY, HOUR, MINUTE
+from larm import DAY, HOUR, MINUTE, SECOND
 
 ZONE = ZoneInfo("Europe/Stockholm")
 PICTURE_LIMIT = 150_000  # bytes
@@ -60,6 +60,7 @@ note = "certbot renew on proxy"
 [monitors.database-dump]
 name = "Database dump"
 interval = "6h"
+grace = "2h"
 
 [monitors.home-assistant]
 name = "Home Assistant"
@@ -74,6 +75,7 @@ grace = "5m"
 [monitors.transcoding]
 name = "Video transcoding"
 interval = "12h"
+grace = "2h"
 max_runtime = "4h"
 
 [monitors.weekly-report]
@@ -101,11 +103,12 @@ processed 14032 files, 31.7 GiB in 6:12
 Fatal: unable to open repository at sftp:box:
 lock is held by PID 4121 on nas
 """
-FAILURES = {  # by monitor and days ago: (exit status, hours until it is well again, output)
+FAILURES = {  # by monitor and days ago: (exit status, hours until it is well again, output);
+    # 0 hours: the next run is
     ("nightly-backup", 71): (1, 9, "no space left on device"),
     ("offsite-backup", 41): (1, 26, "Connection reset by peer"),
     ("database-dump", 33): (2, 2, "FATAL: the database system is starting up"),
-    ("nightly-backup", 12): (1, 4, "no space left on device"),
+    ("nightly-backup", 12): (1, 0, "no space left on device"),
     ("router", 20): (1, 0.1, ""),
     ("home-assistant", 55): (1, 15, ""),
     ("mail-queue", 6): (1, 1.5, "214 mails wait"),
@@ -139,20 +142,18 @@ def receiver() -> Iterator[str]:
 def history(now: int) -> list[Step]:
     """What the jobs sent within the 90 days before `now`, the oldest first."""
     chance, steps = random.Random(12), list[Step]()
-    today = datetime.datetime.fromtimestamp(now / 1000, ZONE).replace(
-        hour=0, minute=0, second=0, microsecond=0)
+    today = datetime.datetime.fromtimestamp(now / 1000, ZONE).date()
     for days in range(90, -1, -1):
-        midnight = round((today - datetime.timedelta(days)).timestamp() * 1000)
+        date = today - datetime.timedelta(days)
         runs = [("router", 1), ("home-assistant", 2), ("mail-queue", 3), ("photos", 6),
                 ("offsite-backup", 5.2), ("nightly-backup", 3.5),
                 *(("database-dump", hour) for hour in (0, 6, 12, 18)),
                 *(("transcoding", hour) for hour in (1, 13)),
                 *([("weekly-report", 8)] if days % 7 == 3 else [])]
         for key, hour in runs:
-            at = midnight + round(hour * HOUR)
-            if (key, days) in MISSED:
-                continue
-            if key == "photos" and days < 2:
+            clock = datetime.time(int(hour), int(hour % 1 * 60))
+            at = round(datetime.datetime.combine(date, clock, ZONE).timestamp() * 1000)
+            if (key, days) in MISSED or (key == "photos" and days < 2):
                 continue
             if key in ("nightly-backup", "offsite-backup", "transcoding"):
                 steps.append((at, key, "start", ""))
@@ -161,6 +162,8 @@ def history(now: int) -> list[Step]:
                 status, hours, output = FAILURES[key, days]
                 steps.append((at, key, str(status), output))
                 at += round(hours * HOUR)
+                if not hours:
+                    continue
             steps.append((at, key, "", ""))
     steps += [(now - 7 * DAY * week - 40 * MINUTE, "certificates", "", "") for week in range(1, 13)]
     failed, saved = now - 3 * HOUR, now - 174 * MINUTE
@@ -199,6 +202,7 @@ def build(folder: Path, channels: str) -> str:
             house.pause(key) if action == "pause" else house.save(head + MONITORS + NEW)
         else:
             house.ping(key, action, output, USER_AGENT="larm/0.2", X_FORWARDED_FOR="192.168.1.7")
+            live_until(at + 4 * SECOND)  # people are told at once
     live_until(now)
     house.stop()
     return house.text

@@ -414,6 +414,22 @@ def test_reminders_that_could_not_be_sent_are_one_and_none_comes_beside_pending_
     assert phone.titles() == ["UP: job"]
 
 
+def test_a_reminder_that_was_refused_is_a_reminder_when_it_is_tried_again(reminded, phone):
+    live(reminded, 50 * MINUTE, step=MINUTE)
+    phone.answer = False
+    live(reminded, 15 * MINUTE, step=10 * SECOND)
+    phone.answer = True
+    live(reminded, 15 * MINUTE, step=MINUTE)
+    assert phone.titles() == ["DOWN: job", "STILL DOWN: job"]
+    phone.answer = False
+    live(reminded, HOUR, step=MINUTE)
+    reminded.ping("job")
+    phone.answer = True
+    live(reminded, HOUR, step=MINUTE)
+    assert phone.titles()[2:] == ["UP: job"]
+    assert "is up again, after 2 h" in phone.bodies()[-1]
+
+
 def test_a_monitor_is_not_reminded_of_while_one_that_it_depends_on_is_down(house, phone):
     larm = house(channels(phone) + monitor("router")
                  + monitor("job", depends_on=["router"], remind="10m"))
@@ -881,8 +897,11 @@ def test_no_two_alerts_in_a_row_say_the_same_of_a_monitor_and_the_last_is_right(
             phone.answer = True
             live(larm, HOUR + 5 * MINUTE, step=MINUTE)
             said = [message.title.partition(":")[0] for message in phone.messages]
-            for (before, now), body in zip(pairwise(["UP", *said]), phone.bodies(), strict=True):
-                assert before != now or "was down" in body or "went down" in body, (said, body)
+            bodies = ["", *phone.bodies()]
+            for (was, now), (told, body) in zip(pairwise(["UP", *said]), pairwise(bodies),
+                                                strict=True):
+                merged = "was down" in body or "went down" in body
+                assert was != now or merged or told.split(".")[0] != body.split(".")[0], said
             told = {"pending": "UP"}.get(larm.state("job"), larm.state("job").upper())
             assert [*(said or ["UP"])][-1] == told, said
             assert set(states(larm)) <= {"sent"}

@@ -529,6 +529,20 @@ def test_a_service_that_counts_after_escaping_cuts_in_no_entity(
     assert page.endswith("/monitor/job") or "/monitor/job" in shown(page)
 
 
+@pytest.mark.parametrize("overflow", ["", "?overflow=truncate"])
+def test_what_does_not_fit_at_all_comes_in_parts_unless_the_url_says_otherwise(
+    house, phone, monkeypatch, overflow
+):
+    monkeypatch.setattr(service(phone.url), "body_maxlen", 300)
+    larm = house(channels(phone=phone.url + overflow) + monitor(note="word " * 150 + "end"))
+    larm.ping("job", "fail")
+    live(larm)
+    assert states(larm) == ["sent"]
+    assert max(map(len, phone.bodies())) <= 300
+    assert len(phone.messages) == (1 if overflow else 4)
+    assert ("end" in phone.bodies()[-1]) is not bool(overflow)
+
+
 def test_what_is_long_is_cut_to_what_people_read(house, phone):
     larm = house(channels(phone) + monitor(name="n" * 10_000, note="o" * 50_000)
                  + monitor("other", name="m" * 10_000, depends_on=["job"]))

@@ -97,7 +97,7 @@ Set = Callable[[int], None]
 
 
 @pytest.fixture
-def faketime(tmp_path: Path) -> tuple[Set, dict[str, str]]:
+def faketime(tmp_path: Path) -> Iterator[tuple[Set, dict[str, str]]]:
     """(set the clock of the process to so many milliseconds from the real one, its environment)."""
     libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
     if not libraries:
@@ -110,13 +110,16 @@ def faketime(tmp_path: Path) -> tuple[Set, dict[str, str]]:
         new.rename(offset)
 
     set_to(0)
-    return set_to, {
+    before = set(Path("/dev/shm").glob("*faketime_*"))
+    yield set_to, {
         "LD_PRELOAD": str(libraries[0]),
         "FAKETIME_TIMESTAMP_FILE": str(offset),
         "FAKETIME_NO_CACHE": "1",
         "DONT_FAKE_MONOTONIC": "1",
         "NO_FAKE_STAT": "1",  # files keep their times when the clock is set
     }
+    for left in set(Path("/dev/shm").glob("*faketime_*")) - before:  # by those that are killed
+        left.unlink(missing_ok=True)
 
 
 JOBS = job("job", "1h", grace=600) + job("paused", "1h") + job("down", "1h")

@@ -290,7 +290,7 @@ def test_a_full_disk_is_logged_once_and_pings_are_told(larm, phone, caplog):
     larm.ping("job")
     caplog.clear()
     cannot_record(larm, 60, phone)
-    assert len([record for record in caplog.records if record.name == "larm"]) <= 3
+    assert len([record for record in caplog.records if record.name == "larm"]) <= 4
     larm.ping("job", "fail")
     assert larm.state("job") == "down"
 
@@ -360,13 +360,13 @@ def test_the_watchdog_is_pinged_while_larm_is_well_and_its_failure_is_logged_onc
     def told() -> list[str]:
         return [line for line in larm.log.splitlines() if "the watchdog" in line]
 
-    wait_until(lambda: len(other.paths) >= 2)
+    wait_until(lambda: other.paths)
     assert set(other.paths) == {"/other/a-secret"}
     assert told() == []
 
     other.answer = 503
     wait_until(told)
-    assert other.pings(2.2) >= 1
+    assert other.pings(1.5) >= 1
     assert len(told()) == 1
     assert "503" in told()[0]
     other.answer = 200
@@ -378,11 +378,11 @@ def test_the_watchdog_is_pinged_while_larm_is_well_and_its_failure_is_logged_onc
     resource.prlimit(larm.popen.pid, resource.RLIMIT_FSIZE, (0, limit[1]))  # a full disk
     assert larm.ping(action="/fail").status == 503
     time.sleep(0.2)
-    assert other.pings(2) == 0
+    assert other.pings(1.3) == 0
     resource.prlimit(larm.popen.pid, resource.RLIMIT_FSIZE, limit)
     wait_until(lambda: other.pings(0.1))
 
     write_config(larm.folder, f'listen = "127.0.0.1:{larm.port}"\n{JOB}')
     larm.popen.send_signal(signal.SIGHUP)
     wait_until(lambda: "watchdog changed" in larm.log)
-    assert other.pings(1.5) == 0
+    assert other.pings(1.3) == 0

@@ -216,7 +216,7 @@ def test_a_ping_that_waited_for_the_disk_is_in_time(house):
         waiting = [threading.Thread(target=larm.ping, args=("job",))]
         waiting[0].start()
         time.sleep(0.05)
-        larm.clock.advance(2_000)
+        larm.clock.advance(1_500)
         waiting.append(threading.Thread(target=larm.tick))
         waiting[1].start()
         time.sleep(0.05)
@@ -224,7 +224,7 @@ def test_a_ping_that_waited_for_the_disk_is_in_time(house):
         thread.join()
     larm.watch(5_000)
     assert larm.events() == []
-    assert larm.left("job") == WHOLE - 7_000
+    assert larm.left("job") == WHOLE - 6_500
 
 
 class BusyClock(FakeClock):
@@ -336,14 +336,14 @@ def test_the_first_attempt_is_under_way_within_5_seconds_of_the_deadline(start, 
 
 def test_a_ping_that_comes_while_the_process_is_stopped_for_seconds_is_in_time(start):
     """That is too short for a gap; the watcher must not be quicker than the server."""
-    larm = start(f'[monitors.job]\ninterval = 2\ngrace = 0\ntoken = "{TOKEN}"\n')
+    larm = start(f'[monitors.job]\ninterval = 1.5\ngrace = 0\ntoken = "{TOKEN}"\n')
     larm.ping()
-    time.sleep(1)
+    time.sleep(0.7)
     larm.popen.send_signal(signal.SIGSTOP)
     waiting = threading.Thread(target=larm.ping)
     waiting.start()
-    time.sleep(3)
+    time.sleep(2)
     larm.popen.send_signal(signal.SIGCONT)
     waiting.join()
-    time.sleep(1)
+    time.sleep(0.7)
     assert larm.get("/api/v1/events").json["data"] == []

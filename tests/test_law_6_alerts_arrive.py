@@ -69,6 +69,17 @@ def test_the_pauses_grow_from_10_s_to_an_hour(refused, phone):
         assert phone.tries == tried + 1, pause
 
 
+def test_a_held_alert_hurries_no_retry(house, phone):
+    """The router's is refused, its child's waits for the router, another for the night's end."""
+    phone.answer = False
+    larm = house('timezone = "UTC"\n' + channels(phone) + monitor("router")
+                 + monitor("job", depends_on=["router"]) + monitor("late", quiet=["07:00-12:00"]))
+    for key in ("router", "job", "late"):
+        larm.ping(key)
+    live(larm, 3 * HOUR, step=20 * SECOND)
+    assert phone.tries <= len(PAUSES) + 2
+
+
 def test_channels_that_failed_together_are_not_all_tried_again_in_the_same_moment(house):
     phones = [Phone(f"phone-{number}", answer=False) for number in range(12)]
     larm = house(channels(*phones) + monitor("job", **DAYLONG))

@@ -14,6 +14,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -56,8 +57,8 @@ class Page:
         return seen(re.findall(r"</h1><p>(.*?)</p>", self.html, re.DOTALL)[0])
 
     def section(self, title: str) -> Page:
-        pattern = rf'<section aria-label="{title}"[^>]*>(.*?)</section>'
-        found = re.findall(pattern, self.html, re.DOTALL)
+        end = "(?=<h2>|<details id|</main>)"
+        found = re.findall(rf"<h2>{title}</h2>(.*?){end}", self.html, re.DOTALL)
         return Page(self.status, self.headers, "".join(found))
 
     def rows(self, kind: str = "rows") -> list[list[str]]:
@@ -149,12 +150,12 @@ def test_with_one_monitor_down_each_fact_stands_there_once(house):
 def test_what_is_down_stands_first_then_what_is_late_then_the_files_order(house):
     rooms = house(UTC + NOWHERE + "".join(
         monitor(key, "1d" if key != "b" else "1h", "2h") for key in "abcdef"))
-    for key, action in (("a", ""), ("b", ""), ("d", "fail"), ("e", ""), ("f", "fail")):
+    for key, action in (("b", ""), ("c", ""), ("d", "fail"), ("e", ""), ("f", "fail")):
         rooms.ping(key, action)
     rooms.pause("e")
     rooms.live(HOUR + MINUTE, MINUTE)
     states = [(row[0], row[1].split()[0]) for row in look(rooms).rows() if len(row) > 1]
-    assert states == [("d", "down"), ("f", "down"), ("b", "late"), ("a", "up"), ("c", "pending"),
+    assert states == [("d", "down"), ("f", "down"), ("b", "late"), ("a", "pending"), ("c", "up"),
                       ("e", "paused")]
 
 
@@ -396,16 +397,15 @@ class Bar:
     lines: set[str]  # at which heights the kinds are drawn
 
 
-def bar(rooms: House, path: str = "/") -> Bar:
-    svg = re.findall(r"<svg[^>]*><title>.*?</svg>", look(rooms, path).html, re.DOTALL)[0]
+def bar(rooms: House, path: str = "/", **asked: str) -> Bar:
+    svg = re.findall(r"<svg[^>]*><title>.*?</svg>", look(rooms, path, **asked).html, re.DOTALL)[0]
     paths: dict[str, str] = {}
     for kind, path in re.findall(r'<path class="?(\w+)"? d="([^"]*)"', svg):
         paths[kind] = paths.get(kind, "") + path
     kinds = {kind: {int(x) // 3 + n for x, width in re.findall(r"M(\d+) \d+h(\d+)", path)
                     for n in range((int(width) + 1) // 3)}
              for kind, path in paths.items() if kind != "down"}
-    reds = {int(x) // 3: abs(int(start) - int(end)) if to == "V" else -int(end)
-            for x, start, to, end
+    reds = {int(x) // 3: abs(int(end) - int(start) * (to == "V")) for x, start, to, end
             in re.findall(r"M(\d+) ?(\d+)([vV])(-?\d+)", paths.get("down", ""))}
     return Bar(html.unescape(re.findall("<title>(.*?)</title>", svg)[0]), kinds, reds,
                set(re.findall(r"M\d+ (\d+)h", svg)))
@@ -582,7 +582,7 @@ def test_a_run_is_one_row_with_its_duration_and_its_output(house):
 
 def test_older_runs_are_a_link_away_and_each_stands_on_one_page(house):
     rooms = house(UTC + NOWHERE + JOB)
-    for number in range(50):
+    for number in range(41):
         rooms.ping("job", "start")
         rooms.clock.advance(HOUR)
         rooms.ping("job", "", f"output number {number}.")
@@ -594,7 +594,7 @@ def test_older_runs_are_a_link_away_and_each_stands_on_one_page(house):
         older = re.findall(r'href="(/monitor/job\?before=\d+)"', page.html)
         path = older[0] if older else ""
     numbers = [int(re.findall(r"number (\d+)\.", row[4])[0]) for row in found if row[4]]
-    assert numbers == list(range(50))[::-1]
+    assert numbers == list(range(41))[::-1]
     assert {(row[1], row[2]) for row in found} == {("success", "1 h")}
 
 
@@ -721,6 +721,8 @@ def test_a_button_tests_the_channels_and_the_page_says_when_and_what_came_of_it(
     assert press(rooms, "test").status == 303
     assert outcome(rooms) == "sent (08:00)"
     assert (phone.titles(), other.tries) == (["Test alert from Larm"], 0)
+    assert rooms.post("channels/other/test")["sent"] is True
+    assert "Test of other" not in look(rooms, "/monitor/job").facts  # it alerts there only
     phone.answer = False
     rooms.live(2 * HOUR, HOUR)
     wait_until(lambda: press(rooms, "test").status == 303)
@@ -823,6 +825,7 @@ def test_a_refresh_sends_only_what_has_changed(house, path):
     for piece in re.findall("<title>.*?</title>|<link .*?>|<main>.*</main>", whole.html, re.DOTALL):
         assert piece in part.html
     mark = part.headers["Etag"]
+    assert look(rooms, path, IF_NONE_MATCH=mark).status == 200  # the whole page is never 304
     again = refreshed(rooms, path, mark)
     assert (again.status, again.html, again.headers["Etag"]) == (304, "", mark)
     rooms.live(15 * SECOND)
@@ -831,12 +834,6 @@ def test_a_refresh_sends_only_what_has_changed(house, path):
     after = refreshed(rooms, path, mark)
     assert (after.status, after.headers["Etag"] != mark) == (200, True)
     assert "down" in after.text.lower()
-
-
-def test_the_whole_page_is_never_304(house):
-    rooms = house(NOWHERE + JOB)
-    mark = refreshed(rooms).headers["Etag"]
-    assert look(rooms, IF_NONE_MATCH=mark).status == 200
 
 
 def test_a_refresh_says_who_may_not_see_it_any_more(house):
@@ -936,13 +933,6 @@ def test_any_text_is_shown_as_text_wherever_it_comes_from(house, harmless, nasty
                 assert shown in pages[path].html, (place, path)
 
 
-def test_an_unknown_tokens_beginning_is_text(house):
-    rooms = house(NOWHERE + JOB)
-    rooms.ask("/api/heartbeat/%3Cb%3Ex")
-    assert "&lt;b&gt;x" in look(rooms).html
-    assert "<b>x" not in look(rooms).html
-
-
 @pytest.mark.parametrize("path", ["/", "/monitor/job"])
 def test_a_page_loads_nothing_and_its_own_style_and_script_are_allowed_by_its_policy(house, path):
     page = look(house(NOWHERE + JOB), path)
@@ -960,6 +950,8 @@ def test_a_page_loads_nothing_and_its_own_style_and_script_are_allowed_by_its_po
 def test_the_filter_finds_names_keys_and_states_and_is_there_from_15_monitors_on(house):
     rooms = house(NOWHERE + jobs(14))
     assert 'role="search"' not in look(rooms).html
+    rooms.save(NOWHERE + jobs(15))
+    assert 'role="search"' in look(rooms).html
     rooms.save(NOWHERE + JOB + jobs(20))
     rooms.ping("job-7")
 
@@ -985,12 +977,13 @@ def test_in_public_states_are_shown_and_nothing_else(house):
     rooms.ping("job")
     rooms.ping("job", "3", "the output")
     rooms.ask("/api/heartbeat/mistyped", peer="192.168.1.5")
+    rooms.live(2 * MINUTE)
     for path in ("/", "/monitor/job"):
         page = look(rooms, path, peer=FAR)
         assert page.status == 200
         assert "exit status 3" in page.text.lower()
         assert "since 08:00" in page.text
-        assert '24"><title>' in page.html
+        assert bar(rooms, path, peer=FAR).title.startswith("Down 15 Jan")
         for hidden in ("A note", "the output", "phone", "<form", "mist", "192.168", TOKEN,
                        "/api/heartbeat/", "larm.toml", "Who was told", "Needs attention"):
             assert hidden not in page.html, hidden
@@ -1055,13 +1048,21 @@ def filled(make: Callable[..., House], count: int) -> House:
     return rooms
 
 
-def test_a_dashboard_of_1000_monitors_is_at_most_400_kb(memory_house):
+def test_a_dashboard_of_1000_monitors_is_at_most_400_kb_and_quickly_drawn(memory_house):
     rooms = filled(memory_house, 1_000)
-    page, part = look(rooms), refreshed(rooms)
+    took = []
+    for _ in range(3):
+        began = time.thread_time()
+        page = look(rooms)
+        took.append(time.thread_time() - began)
+        began = time.thread_time()
+        part = refreshed(rooms)
+        took.append(time.thread_time() - began)
     assert page.headline == "All 1000 are up"
     assert len([row for row in page.rows() if len(row) == 6]) == 1_000
     assert len(page.html.encode()) <= 400_000
     assert len(part.html.encode()) <= 400_000
+    assert min(took) < 0.5, took  # seconds of CPU; half of it where nothing else runs
 
 
 def test_a_dashboard_of_50_monitors_is_at_most_60_kb(memory_house):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import (
+    QUICK,
     START,
     Answer,
     FakeClock,
@@ -28,9 +29,6 @@ JOB = '[monitors.job]\ninterval = "1h"\ngrace = "10m"\n'
 OFF = '[monitors.off]\ninterval = "1h"\nenabled = false\n'
 WHOLE = HOUR + 10 * MINUTE  # what a ping, and a resumption, gives JOB
 PASSWORD = "a-dashboard-password"
-QUICK = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where no fsync takes long
-
-
 # The command line
 
 

@@ -320,6 +320,34 @@ def test_a_request_that_is_given_up_is_answered_503(serve):
     assert larm.up() == 0
 
 
+COUNTED = """
+call = larm.Web.__call__
+
+def counted(self, environ, start_response):
+    larm.log.info("asked for %s", environ["PATH_INFO"])
+    return call(self, environ, start_response)
+
+larm.Web.__call__ = counted
+"""
+
+
+def test_who_does_not_read_the_answers_gets_no_more_of_them(serve):
+    """Or it would hold a thread of the few that answer pages, and all their memory, for ever."""
+    larm = serve(600, code=RUN.format(COUNTED))
+    with socket.socket() as greedy:
+        greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        greedy.connect(("127.0.0.1", larm.port))
+        greedy.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 400)
+
+        def answered(since: float) -> int:
+            time.sleep(since)
+            return larm.log.count("asked for /metrics")
+
+        wait_until(lambda: answered(0) == answered(1) > 0)
+        assert answered(0) < 30
+        assert larm.time_of_a_ping() < promised(2)
+
+
 # While Larm stops
 
 

@@ -433,7 +433,6 @@ def test_the_figures_are_the_programs():
         (larm.BODY_LIMIT, "{} bytes are accepted"), (larm.BODY_KEPT, "the last {} are kept"),
         (larm.BODIES_KEPT, "of a monitor's newest {} heartbeats"),
         (larm.CONNECTIONS, "| {}, or what the limit on open files leaves"),
-        (larm.IDLE, "silent for {} s is closed"),
         (larm.HANGING, "one that sends and {} that hang"),
     ):  # fmt: skip
         assert sentence.format(f"{figure:,}") in README

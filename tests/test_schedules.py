@@ -11,14 +11,12 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from conftest import TOKEN, FakeClock, House, run_larm, write_config
+from conftest import QUICK, TOKEN, FakeClock, House, run_larm, write_config
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import larm as program
 from larm import DAY, HOUR, MINUTE, SECOND
-
-QUICK = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where no fsync takes long
 
 
 def at(text: str, zone: str = "UTC") -> int:

@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import START, TOKEN, Answer, FakeClock, House, Process, Webhook, launch, run_larm
+from conftest import (
+    QUICK,
+    START,
+    TOKEN,
+    Answer,
+    FakeClock,
+    House,
+    Process,
+    Webhook,
+    launch,
+    run_larm,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -272,6 +283,7 @@ UTF_16 = "Säkert ✓\r\n" * 3_000  # 60 kB: its byte order mark is far from wha
     ("ö".encode("utf-16-le"), "text/plain; charset=UTF-16LE", "ö"),
     ("ö €".encode("cp1252"), 'text/plain; charset="windows-1252"', "ö €"),
     ("ö".encode("latin-1"), "text/plain;charset=ISO-8859-1;x=y", "ö"),
+    (b"\x81\xf6", "text/plain; charset=windows-1252", "\ufffdö"),
     ("ö".encode("latin-1"), "text/plain", "\ufffd"),
     ("ö".encode(), "text/plain; charset=no-such-charset", "ö"),
     ("ö".encode(), "text/plain; charset=", "ö"),
@@ -486,9 +498,6 @@ def test_ends_are_paired_with_starts_by_rid(rids, steps):
         here.stop()
 
 
-QUICK = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where no fsync takes long
-
-
 # Runs and the throttle
 
 
@@ -555,8 +564,8 @@ def test_runs_of_a_job_that_comes_every_second_are_paired(house):
     assert not is_running(here)
 
 
-def test_starts_without_an_end_at_any_speed_are_bounded_in_rows(quick_house):
-    here = quick_house(JOB.replace('max_runtime = "20m"\n', ""))
+def test_starts_without_an_end_at_any_speed_are_bounded_in_rows(house):
+    here = house(JOB.replace('max_runtime = "20m"\n', ""))
     here.ping("job")
     for number in range(3_000):
         here.clock.advance(WINDOW // 60)
@@ -569,23 +578,8 @@ def test_starts_without_an_end_at_any_speed_are_bounded_in_rows(quick_house):
     assert is_running(here)
 
 
-@pytest.fixture
-def quick_house() -> Iterator[Callable[..., House]]:
-    """As house(), on a disk in memory."""
-    with tempfile.TemporaryDirectory(dir=QUICK) as folder:
-        built: list[House] = []
-
-        def build(text: str) -> House:
-            built.append(House(Path(folder), text))
-            return built[-1]
-
-        yield build
-        for one in built:
-            one.stop()
-
-
-def test_starts_and_ends_at_any_speed_are_bounded_in_rows_and_alerts(quick_house, webhook):
-    here = quick_house(f'[channels]\nhook = "{webhook.url}"\n' + JOB)
+def test_starts_and_ends_at_any_speed_are_bounded_in_rows_and_alerts(house, webhook):
+    here = house(f'[channels]\nhook = "{webhook.url}"\n' + JOB)
     for number in range(2_000):
         here.ping("job", ("start", "fail", "start", "")[number % 4], rid=str(number % 8 // 2))
         here.clock.advance(100)
@@ -853,8 +847,8 @@ def test_a_failure_while_down_alerts_nobody_again_and_the_reminder_shows_it(hous
 # What is kept
 
 
-def test_the_last_100_heartbeats_keep_their_bodies_and_so_do_those_of_events(quick_house):
-    here = quick_house(JOB)
+def test_the_last_100_heartbeats_keep_their_bodies_and_so_do_those_of_events(house):
+    here = house(JOB)
     here.ping("job", "1", body="failed")
     for number in range(250):
         after(here, WINDOW, ("", "log", "start", "")[number % 4], body=f"body {number}")
@@ -865,8 +859,8 @@ def test_the_last_100_heartbeats_keep_their_bodies_and_so_do_those_of_events(qui
     assert bodies[-100:] == [f"body {number}" for number in range(150, 250)]
 
 
-def test_a_failure_keeps_its_body_for_as_long_as_its_event(quick_house):
-    here = quick_house('keep = "2d"\n' + JOB)
+def test_a_failure_keeps_its_body_for_as_long_as_its_event(house):
+    here = house('keep = "2d"\n' + JOB)
     here.ping("job", "1", body="failed")
     after(here, MINUTE)
     for _ in range(2):
@@ -878,8 +872,8 @@ def test_a_failure_keeps_its_body_for_as_long_as_its_event(quick_house):
     assert START not in [one["at"] for one in here.events()]
 
 
-def test_a_monitor_that_is_down_keeps_its_newest_failure(quick_house):
-    here = quick_house('keep = "2d"\n' + JOB)
+def test_a_monitor_that_is_down_keeps_its_newest_failure(house):
+    here = house('keep = "2d"\n' + JOB)
     here.ping("job", "1", body="first")
     after(here, WINDOW, "2", body="newest")
     here.watch(10 * DAY, step=HOUR)
@@ -907,16 +901,16 @@ def beat(here: House, apart: int, count: int, lasts: int = 0) -> str:
     ('interval = "1d"\n', DAY, None),
 ])  # fmt: skip
 def test_settings_that_do_not_fit_get_a_line_of_advice_after_three_intervals(
-    quick_house, setting, apart, advised
+    house, setting, apart, advised
 ):
-    here = quick_house('timezone = "UTC"\n[monitors.job]\n' + setting)
+    here = house('timezone = "UTC"\n[monitors.job]\n' + setting)
     assert re.search("try (grace|interval) = ", beat(here, apart, 3)) is None
     found = re.search("try ((grace|interval) = \"[^\"]*\")", html.unescape(beat(here, apart, 4)))
     assert (found and found[1]) == advised
 
 
-def test_a_job_in_another_timezone_gets_the_advice_to_look_at_it(quick_house):
-    here = quick_house('timezone = "UTC"\n[monitors.job]\nschedule = "0 3 * * *"\n')
+def test_a_job_in_another_timezone_gets_the_advice_to_look_at_it(house):
+    here = house('timezone = "UTC"\n[monitors.job]\nschedule = "0 3 * * *"\n')
     assert "exactly 5 h after the schedule: timezone?" in beat(here, DAY, 7)
 
 

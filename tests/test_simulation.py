@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from apprise.decorators import notify
-from conftest import START, FakeClock, House
+from conftest import QUICK, START, FakeClock, House
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from larm import DAY, HOUR, MINUTE, SANE, SECOND, Unrecordable
 
-HISTORIES = 1_200  # of single monitors: each example has four of them in one Larm
+HISTORIES = 500  # of single monitors: each example has four of them in one Larm
 KEYS = ("a", "b", "c", "d")
 SOON = 4 * SECOND  # an alert is under way by then: 3 s for what else there is to tell, and a tick
 HELD = HOUR + 6 * MINUTE  # what a parent may hold an alert up by, once it is back
@@ -161,7 +161,8 @@ class History:
         self.models = models
         self.watched = 0  # for how long Larm has watched
         self.looks: list[int] = []  # when, on that time, something may become due
-        self.seen = self.started = self.outages = self.calm_from = 0
+        self.seen = self.started = self.outages = 0
+        self.calm_from = -1  # when the last gap, clock change, pause or saved file came
         self.clock = FakeClock()
         self.house = House(folder, self.toml(), self.clock)
         self.house.tokens = {key: f"a-token-for-monitor-{key}" for key in KEYS}
@@ -262,7 +263,7 @@ class History:
             parent.back < min(model.interval, HOUR, model.steady)
             or (parent.state == "up" and model.steady < min(parent.silent, 5 * MINUTE))
             for parent in above
-            if model.reasons[-1] == {"missed"} and max(parent.steady, model.steady) < calm
+            if model.reasons[-1] == {"missed"} and max(parent.steady, model.silent) < calm
         )  # fmt: skip
 
     def is_quiet(self, model: Model) -> bool:
@@ -399,6 +400,7 @@ class History:
 
     def save(self, key: str, rhythm: tuple[int, int]) -> None:
         self.models[key].reload(*rhythm)
+        self.calm_from = self.watched
         self.house.save(self.toml())
         self.pass_time(0)
 
@@ -467,7 +469,7 @@ def test_random_histories_bring_the_events_and_alerts_that_the_model_says(
         key: Model(*rhythms[n], limits[n], reminders[n], key in quiet, parents[n])
         for n, key in enumerate(KEYS)
     }
-    folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    folder = Path(tempfile.mkdtemp(dir=QUICK))
     history = History(folder, models)
     try:
         for key in heard:

@@ -9,7 +9,6 @@ import resource
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,23 +23,6 @@ SECOND, MINUTE, HOUR, DAY = 1_000, 60_000, 3_600_000, 86_400_000
 JOB = '[monitors.job]\ninterval = "1h"\ngrace = "10m"\n'
 OTHER = '[monitors.other]\ninterval = "1h"\n'
 WHOLE = HOUR + 10 * MINUTE  # what a ping gives JOB
-
-
-@pytest.fixture
-def quick_house() -> Iterator[Callable[..., House]]:
-    """As house(), on a disk in memory, where no fsync takes long."""
-    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
-        built: list[House] = []
-
-        def build(text: str, clock: FakeClock | None = None) -> House:
-            built.append(House(Path(folder), text, clock))
-            return built[-1]
-
-        yield build
-        for one in built:
-            with contextlib.suppress(Exception):
-                one.larm.store.close()
 
 
 def rows(here: House) -> dict[str, int]:
@@ -223,12 +205,12 @@ def test_a_stop_writes_what_was_queued_and_then_nothing_more(house):
 # What is kept: growth has an end (law 8)
 
 
-def test_a_fast_monitor_among_1000_does_not_outgrow_pruning(quick_house):
+def test_a_fast_monitor_among_1000_does_not_outgrow_pruning(house):
     """Whatever the throttle lets in, and while deadlines are due in every tick."""
     others = "".join(
         f'[monitors.m{number}]\ninterval = {number + 5}\ngrace = 0\n' for number in range(1_000)
     )
-    here = quick_house(f'[monitors.fast]\ninterval = 1\ngrace = "1h"\ntoken = "{TOKEN}"\n' + others)
+    here = house(f'[monitors.fast]\ninterval = 1\ngrace = "1h"\ntoken = "{TOKEN}"\n' + others)
     for number in range(300):
         here.ping(f"m{number}")
     most = most_bodies = 0
@@ -250,9 +232,9 @@ def test_a_fast_monitor_among_1000_does_not_outgrow_pruning(quick_house):
     assert 1_000 <= len(found) <= 1_060
 
 
-def test_each_of_many_monitors_is_pruned(quick_house):
+def test_each_of_many_monitors_is_pruned(house):
     keys = [f"job-{number}" for number in range(120)]
-    here = quick_house('keep = "2d"\n' + "".join(
+    here = house('keep = "2d"\n' + "".join(
         f'[monitors.{key}]\ninterval = "9d"\n' for key in keys))  # fmt: skip
     for key in keys:
         here.ping(key, "log")
@@ -262,8 +244,8 @@ def test_each_of_many_monitors_is_pruned(quick_house):
     assert rows(here)["heartbeats"] == 0
 
 
-def test_heartbeats_events_and_gaps_are_kept_for_keep_and_no_longer(quick_house):
-    here = quick_house('keep = "2d"\n' + JOB.replace("1h", "30d"))
+def test_heartbeats_events_and_gaps_are_kept_for_keep_and_no_longer(house):
+    here = house('keep = "2d"\n' + JOB.replace("1h", "30d"))
     here.ping("job", "fail")
     here.ping("job")
     here.restart(MINUTE)
@@ -275,8 +257,8 @@ def test_heartbeats_events_and_gaps_are_kept_for_keep_and_no_longer(quick_house)
     assert not any(found for name, found in rows(here).items() if name not in ("clock", "monitors"))
 
 
-def test_a_failure_s_heartbeat_with_its_output_is_kept_with_its_event(quick_house):
-    here = quick_house('[monitors.job]\ninterval = 60\ngrace = "1h"\n')
+def test_a_failure_s_heartbeat_with_its_output_is_kept_with_its_event(house):
+    here = house('[monitors.job]\ninterval = 60\ngrace = "1h"\n')
     here.ping("job", "1", body="no space left on device")
     for number in range(1_300):
         here.clock.advance(6 * SECOND)
@@ -290,8 +272,8 @@ def test_a_failure_s_heartbeat_with_its_output_is_kept_with_its_event(quick_hous
     assert len(found) <= 1_061
 
 
-def test_a_monitor_that_flaps_for_ever_keeps_its_newest_10_000_events(quick_house):
-    here = quick_house(JOB)
+def test_a_monitor_that_flaps_for_ever_keeps_its_newest_10_000_events(house):
+    here = house(JOB)
     for action in ("fail", "", "fail", ""):
         here.ping("job", action)
     assert [event["type"] for event in here.events()] == ["down", "up"] * 2
@@ -305,8 +287,8 @@ def test_a_monitor_that_flaps_for_ever_keeps_its_newest_10_000_events(quick_hous
     assert here.events()[-1]["type"] == "up"
 
 
-def test_reminders_add_no_rows(quick_house, webhook):
-    here = quick_house(
+def test_reminders_add_no_rows(house, webhook):
+    here = house(
         f'keep = "3d"\n[channels]\nphone = "{webhook.url}"\n' + JOB + 'remind = "1h"\n'
     )
     here.ping("job", "fail")
@@ -321,11 +303,11 @@ def test_reminders_add_no_rows(quick_house, webhook):
     assert len(here.events()) == 1
 
 
-def test_what_is_of_monitors_and_channels_that_are_gone_goes_after_keep(quick_house, webhook):
+def test_what_is_of_monitors_and_channels_that_are_gone_goes_after_keep(house, webhook):
     gone = f'gone-channel = "{webhook.url}"\n'
     top = f'keep = "2d"\n[channels]\nphone = "{webhook.url}"\n'
     monitor = '[monitors.gone-monitor]\ninterval = "1h"\ntoken = "a-token-of-the-gone"\n'
-    here = quick_house(top + gone + monitor + OTHER)
+    here = house(top + gone + monitor + OTHER)
     here.ping("gone-monitor", "start", body="output of the gone")
     here.ping("gone-monitor", "fail", body="output of the gone")
     here.ping("other")
@@ -341,9 +323,9 @@ def test_what_is_of_monitors_and_channels_that_are_gone_goes_after_keep(quick_ho
     assert [word for word in words if is_in_the_file(here, word)] == []
 
 
-def test_what_is_not_delivered_yet_is_kept(quick_house, webhook):
+def test_what_is_not_delivered_yet_is_kept(house, webhook):
     webhook.answer = 500
-    here = quick_house(
+    here = house(
         f'keep = "1d"\n[channels]\nphone = "{webhook.url}"\n' + JOB.replace("1h", "30d")
     )
     here.ping("job", "fail")
@@ -357,8 +339,8 @@ def test_what_is_not_delivered_yet_is_kept(quick_house, webhook):
     assert here.events() == []
 
 
-def test_the_down_event_of_a_monitor_that_is_still_down_is_kept(quick_house):
-    here = quick_house('keep = "2d"\n' + JOB)
+def test_the_down_event_of_a_monitor_that_is_still_down_is_kept(house):
+    here = house('keep = "2d"\n' + JOB)
     here.ping("job", "fail", body="the newest failure")
     here.watch(9 * DAY, step=HOUR)
     assert [event["type"] for event in here.events()] == ["down"]
@@ -366,9 +348,9 @@ def test_the_down_event_of_a_monitor_that_is_still_down_is_kept(quick_house):
 
 
 @pytest.mark.parametrize("how", ["at the start", "while it runs"])
-def test_a_wrong_date_prunes_no_history(quick_house, how):
+def test_a_wrong_date_prunes_no_history(house, how):
     """A machine that boots in 2050, or somebody who sets the clock, until it is set right."""
-    here = quick_house('keep = "2d"\n' + JOB.replace("1h", "30d"))
+    here = house('keep = "2d"\n' + JOB.replace("1h", "30d"))
     here.ping("job", "fail")
     here.ping("job")
     here.watch(2 * HOUR, step=MINUTE)
@@ -388,10 +370,10 @@ def test_a_wrong_date_prunes_no_history(quick_house, how):
 # Monitors come and go
 
 
-def test_a_made_token_survives_removal_and_return_for_as_long_as_keep(quick_house):
+def test_a_made_token_survives_removal_and_return_for_as_long_as_keep(house):
     """Also where there is no other history of the monitor."""
     top = 'keep = "2d"\n'
-    here = quick_house(top + JOB + OTHER)
+    here = house(top + JOB + OTHER)
     token = here.token("job")
     assert re.fullmatch(r"[0-9a-f]{32}", token)
     here.restart(MINUTE, text=top + OTHER)
