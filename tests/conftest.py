@@ -33,6 +33,7 @@ from urllib.parse import quote, unquote
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LARM = ("-m", "larm")  # as `python larm.py`, but for compiling it anew each time
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started with & or nohup: what the tests
     signal.signal(signal.SIGINT, signal.default_int_handler)  # start would inherit that
 sys.path.insert(0, str(ROOT))
@@ -400,9 +401,11 @@ class Process:
 
 def run_larm(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run larm.py to its end in a folder, as a user would."""
+    path = os.pathsep.join([*([environ["PYTHONPATH"]] if "PYTHONPATH" in environ else []),
+                            str(ROOT)])
     return subprocess.run(
-        [sys.executable, str(ROOT / "larm.py"), *arguments],
-        cwd=folder, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60,
+        [sys.executable, *LARM, *arguments],
+        cwd=folder, env={**os.environ, **environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60,
         check=False,
     )
 
@@ -420,8 +423,8 @@ def launch(
     log_file = folder / f"log-{len(list(folder.glob('log-*')))}"
     with log_file.open("wb") as log:
         popen = subprocess.Popen(
-            [sys.executable, *(["-c", code] if code else [str(ROOT / "larm.py")])],
-            cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
+            [sys.executable, *(["-c", code] if code else LARM)],
+            cwd=folder, env={**os.environ, **environ, "PYTHONPATH": path},
             stderr=log, stdout=log, stdin=subprocess.DEVNULL,
         )
     process = Process(folder, port, popen, log_file)
