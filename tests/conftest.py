@@ -405,8 +405,8 @@ def run_larm(folder: Path, *arguments: str, **environ: str) -> subprocess.Comple
                             str(ROOT)])
     return subprocess.run(
         [sys.executable, *LARM, *arguments],
-        cwd=folder, env={**os.environ, **environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60,
-        check=False,
+        cwd=folder, env={**os.environ, **environ, "PYTHONPATH": path}, capture_output=True,
+        text=True, timeout=60, check=False,
     )
 
 
@@ -424,7 +424,7 @@ def launch(
     with log_file.open("wb") as log:
         popen = subprocess.Popen(
             [sys.executable, *(["-c", code] if code else LARM)],
-            cwd=folder, env={**os.environ, **environ, "PYTHONPATH": path},
+            cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
             stderr=log, stdout=log, stdin=subprocess.DEVNULL,
         )
     process = Process(folder, port, popen, log_file)
