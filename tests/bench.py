@@ -43,7 +43,7 @@ logging.getLogger("waitress").setLevel(logging.CRITICAL)  # as Larm does
 waitress.serve(bottle.app(), listen="127.0.0.1:" + sys.argv[1], threads=32, connection_limit=1000)
 """
 LOAD = """
-local requests, number = {}, 0
+local requests, number = {}, -1  -- wrk asks for one that it does not send: the last
 init = function(arguments)
   for path in io.lines(arguments[1]) do table.insert(requests, wrk.format("GET", path)) end
 end
