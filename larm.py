@@ -2636,6 +2636,8 @@ class Watcher:
         if set_by:
             now, self._trusted_from = self._clock.now(), monotonic + TRUST_AFTER
             shift(db, now, now, set_by)
+            if set_by < 0:  # after a kill behind the commit, a tick of the old time must not be
+                self._store.mark_tick(now + set_by)  # what looks newer than alive_at
         offset = self._clock.offset
         self._clock.resync()  # with the shift, so that no ping is dated on the other side of it
         self._store.after_rollback.append(lambda: setattr(self._clock, "offset", offset))
@@ -4500,7 +4502,7 @@ class Server:
         """Put parts of ours in the place of Waitress's; raises AttributeError, TypeError."""
         import waitress
 
-        class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc]
+        class Request(waitress.parser.HTTPRequestParser):  # type: ignore[misc] # it has no types
             command, path, waiting = "", "", None
 
             def parse_header(self, header: bytes) -> None:
@@ -4508,7 +4510,7 @@ class Server:
                 if self.body_rcv is not None:
                     self.body_rcv.buf = Tail()
 
-        class Task(waitress.task.WSGITask):  # type: ignore[misc]
+        class Task(waitress.task.WSGITask):  # type: ignore[misc] # nor has this
             def execute(task) -> None:
                 request, channel = task.request, task.channel
                 # Who does not read what was answered gets no more: to write might mean to wait.

@@ -543,3 +543,23 @@ def test_there_is_no_figure_for_a_span_longer_than_keep_nor_for_what_was_never_h
     uptime = larm.monitor("job")["uptime"]
     assert uptime == {"24h": 100.0, "7d": 100.0, "30d": None, "90d": None}
     assert set(larm.monitor("other")["uptime"].values()) == {None}
+
+
+def test_a_kill_right_after_a_small_step_back_was_written_moves_no_deadline(house):
+    """Between the commit and the next tick that the lock file gets."""
+    larm = house(JOB)
+    larm.ping("job")
+    larm.watch(20 * MINUTE, step=MINUTE)
+    larm.clock.set_wall(-20 * SECOND)
+    store, mark_tick = larm.larm.store, larm.larm.store.mark_tick
+
+    def is_killed_after_the_commit(now: int) -> None:
+        [clock] = larm.sql("SELECT alive_at FROM clock")
+        if clock["alive_at"] != larm.clock.wall_ms:
+            mark_tick(now)
+
+    store.mark_tick = is_killed_after_the_commit
+    larm.tick()
+    left = larm.left("job")
+    larm.restart(5 * MINUTE, crash=True)
+    assert larm.left("job") == left
